@@ -1,10 +1,11 @@
-// Family fp8_ptr_array: copies the groups of a list call from the kernel's parameters into the group arrays. One CTA.
+// Family fp8_ptr_array: copies the groups of a list call from the kernel's parameters into the
+// group arrays. One CTA.
 
 #include <sm12x/kernel/group_arrays.hpp>
 
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Compile-time checks and types
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -13,24 +14,26 @@ static_assert(kThreads >= SM12X_LIST_CAPACITY && kThreads % 32 == 0);
 
 }  // namespace
 
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Facts for the manifest (read from the PTX by cuda/tools)
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 extern "C" {
 extern __device__ const unsigned sm12x_variant_info[5];
 __device__ const unsigned sm12x_variant_info[5] = {kThreads, 0u, 0u, 0u, 0u};
 }
 
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Body
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 namespace {
 
-// Writes one scale of the record: its address and whether it is a vector. A scale that came by value is stored first.
-__device__ void write_scale(sm12x::kernel::GroupArrays const& arrays, int group, uint16_t mode, uint64_t address,
-                            float value, int pointer_array, int stride_array, int value_array) {
+// Writes one scale of the record: its address and whether it is a vector. A scale that came by
+// value is stored first.
+__device__ void write_scale(sm12x::kernel::GroupArrays const& arrays, int group, uint16_t mode,
+                            uint64_t address, float value, int pointer_array, int stride_array,
+                            int value_array) {
   if (mode == SM12X_SCALE_VALUE) {
     float* slot = arrays.at<float>(value_array) + group;
     *slot = value;

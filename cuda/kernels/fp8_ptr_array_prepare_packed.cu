@@ -1,13 +1,14 @@
 // Family fp8_ptr_array: fills the group arrays of a packed call from device-side offsets. One CTA.
 //
-// Offsets are not trusted: each is clamped to [0, rows] and to the running maximum of those before it, so that groups
-// are disjoint and inside their tensors whatever the caller wrote. What was wrong is left in the status word.
+// Offsets are not trusted: each is clamped to [0, rows] and to the running maximum of those before
+// it, so that groups are disjoint and inside their tensors whatever the caller wrote. What was
+// wrong is left in the status word.
 
 #include <sm12x/kernel/group_arrays.hpp>
 
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Compile-time checks and types
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -18,24 +19,25 @@ using Launch = sm12x_prepare_packed_params;
 
 struct SharedMemory {
   long long warp_maximum[kWarps];
-  long long start[kThreads + 1];  // clamped offsets of this pass, start[0] carried over from the last one
+  long long
+      start[kThreads + 1];  // clamped offsets of this pass, start[0] carried over from the last one
   int status;
 };
 
 }  // namespace
 
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Facts for the manifest (read from the PTX by cuda/tools)
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 extern "C" {
 extern __device__ const unsigned sm12x_variant_info[5];
 __device__ const unsigned sm12x_variant_info[5] = {kThreads, 0u, 0u, 0u, 0u};
 }
 
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Body
-// ---------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -64,14 +66,15 @@ __device__ long long running_maximum(long long value, SharedMemory& shared) {
   return value;
 }
 
-// The scale of group e as the GEMM kernel reads it: where it starts and whether it is a vector. A scale that came by
-// value is stored in `slot`.
+// The scale of group e as the GEMM kernel reads it: where it starts and whether it is a vector. A
+// scale that came by value is stored in `slot`.
 struct Scale {
   uint64_t address;
   int32_t stride;
 };
 
-__device__ Scale place_scale(int32_t mode, uint64_t base, float value, int64_t vector_start, int group, float* slot) {
+__device__ Scale place_scale(int32_t mode, uint64_t base, float value, int64_t vector_start,
+                             int group, float* slot) {
   switch (mode) {
     case SM12X_SCALE_VECTOR:
       return {base + sizeof(float) * vector_start, 1};
@@ -91,8 +94,9 @@ __device__ void write_group(Launch const& launch, int group, int64_t first_row, 
   uint64_t const a = launch.a + uint64_t(first_row) * launch.stride_a;
   uint64_t const b = launch.b + uint64_t(group) * launch.stride_b_group;
   uint64_t const d = launch.d + uint64_t(first_row) * launch.stride_d * launch.d_element_bytes;
-  uint64_t const bias =
-      launch.bias == 0 ? 0 : launch.bias + uint64_t(group) * launch.stride_bias * launch.bias_element_bytes;
+  uint64_t const bias = launch.bias == 0 ? 0
+                                         : launch.bias + uint64_t(group) * launch.stride_bias *
+                                                             launch.bias_element_bytes;
 
   // Tokens and features, named by the kernel's sides: tokens are m unless the operands are swapped.
   int const tokens_ptr = swap ? SM12X_OFFSET_PTR_B : SM12X_OFFSET_PTR_A;
@@ -106,10 +110,11 @@ __device__ void write_group(Launch const& launch, int group, int64_t first_row, 
   int const tokens_value = swap ? SM12X_OFFSET_N_VALUE : SM12X_OFFSET_M_VALUE;
   int const weights_value = swap ? SM12X_OFFSET_M_VALUE : SM12X_OFFSET_N_VALUE;
 
-  Scale const a_scale = place_scale(launch.a_scale_mode, launch.a_scale, launch.a_scale_value, first_row, group,
-                                    arrays.at<float>(tokens_value) + group);
-  Scale const b_scale = place_scale(launch.b_scale_mode, launch.b_scale, launch.b_scale_value,
-                                    group * launch.stride_b_scale, group, arrays.at<float>(weights_value) + group);
+  Scale const a_scale = place_scale(launch.a_scale_mode, launch.a_scale, launch.a_scale_value,
+                                    first_row, group, arrays.at<float>(tokens_value) + group);
+  Scale const b_scale =
+      place_scale(launch.b_scale_mode, launch.b_scale, launch.b_scale_value,
+                  group * launch.stride_b_scale, group, arrays.at<float>(weights_value) + group);
 
   arrays.at<uint64_t>(tokens_ptr)[group] = a;
   arrays.at<uint64_t>(weights_ptr)[group] = b;
@@ -168,7 +173,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
     if (active) {
-      write_group(launch, group, shared.start[thread], static_cast<int>(end - shared.start[thread]));
+      write_group(launch, group, shared.start[thread],
+                  static_cast<int>(end - shared.start[thread]));
     }
   }
 

@@ -1,4 +1,5 @@
-// Upstream Pingpong tag, explicit ptr-array epilogue schedule, column-major D with the bias along M (swap_ab), fp32.
+// Upstream Pingpong tag, explicit ptr-array epilogue schedule, column-major D with the bias along M
+// (swap_ab), fp32.
 #include "grouped_program.hpp"
 
 template struct outside::GroupedGemm<

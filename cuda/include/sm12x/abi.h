@@ -26,10 +26,11 @@ extern "C" {
 
 /* Where a scale comes from. Scales multiply (dequantise). */
 enum sm12x_scale_mode {
-  SM12X_SCALE_VALUE = 0,  /* one float in the launch struct */
-  SM12X_SCALE_ONE = 1,    /* one float on the device */
-  SM12X_SCALE_GROUP = 2,  /* one float per group: scale[e] */
-  SM12X_SCALE_VECTOR = 3  /* a: one per row, scale[row]; b: one per output feature, scale[e * stride + n] */
+  SM12X_SCALE_VALUE = 0, /* one float in the launch struct */
+  SM12X_SCALE_ONE = 1,   /* one float on the device */
+  SM12X_SCALE_GROUP = 2, /* one float per group: scale[e] */
+  SM12X_SCALE_VECTOR =
+      3 /* a: one per row, scale[row]; b: one per output feature, scale[e * stride + n] */
 };
 
 enum sm12x_bias_type {
@@ -56,6 +57,7 @@ enum sm12x_status {
  * kernel's sides: under swap_ab the kernel's A operand and m side are the weights and their features.
  * ---------------------------------------------------------------------------------------------- */
 
+/* clang-format off */
 #define SM12X_GROUPS_PADDED(groups) (((groups) + 3) / 4 * 4)
 #define SM12X_OFFSET_PTR_A 0            /* uint64_t[P]  first element of A */
 #define SM12X_OFFSET_PTR_B 8            /* uint64_t[P]  first element of B */
@@ -73,6 +75,7 @@ enum sm12x_status {
 #define SM12X_OFFSET_SHAPE 88           /* int32_t[P][3]  M, N, K as the kernel sees them */
 #define SM12X_OFFSET_STATUS 100         /* int32_t: SM12X_STATUS_* bits */
 #define SM12X_GROUP_ARRAYS_BYTES(groups) (SM12X_GROUPS_PADDED(groups) * 100 + 16)
+/* clang-format on */
 
 /* ------------------------------------------------------------------------------------------------
  * Launch structs

@@ -1,6 +1,7 @@
 /// The one include for CUTLASS programs: -I cuda/include and #include <sm12x/cutlass.hpp>.
 ///
-/// It brings the ptr-array (grouped) FP8 collective for SM120, its builder, and the per-group scale fusion.
+/// It brings the ptr-array (grouped) FP8 collective for SM120, its builder, and the per-group scale
+/// fusion.
 #pragma once
 
 #include <cutlass/cutlass.h>

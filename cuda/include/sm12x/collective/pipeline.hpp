@@ -1,8 +1,9 @@
 /// A TMA pipeline whose consumers release a stage warp by warp.
 ///
-/// CUTLASS's PipelineTmaAsync counts one arrival per consumer warp group, sent by one thread, so a warp-level main
-/// loop must first bring all its warps to a named barrier in every k-tile. Here every warp arrives for itself: the
-/// barrier, and with it the lock step of the warps, goes away. Clusters are 1x1x1 on SM12x, so barriers are local.
+/// CUTLASS's PipelineTmaAsync counts one arrival per consumer warp group, sent by one thread, so a
+/// warp-level main loop must first bring all its warps to a named barrier in every k-tile. Here
+/// every warp arrives for itself: the barrier, and with it the lock step of the warps, goes away.
+/// Clusters are 1x1x1 on SM12x, so barriers are local.
 #pragma once
 
 #include <cute/arch/cluster_sm90.hpp>
@@ -24,9 +25,15 @@ class PipelineTmaWarpRelease {
   struct SharedStorage {
     FullBarrier full[Stages_];
     EmptyBarrier empty[Stages_];
+    int32_t word[Stages_];  // from the producer to the consumers of the stage
   };
 
-  enum class ThreadCategory { NonParticipant, Producer, Consumer, ProducerConsumer };
+  enum class ThreadCategory {
+    NonParticipant,
+    Producer,
+    Consumer,
+    ProducerConsumer
+  };
 
   /// The fields that CUTLASS's kernel shells fill in.
   struct Params {
@@ -42,7 +49,8 @@ class PipelineTmaWarpRelease {
   template <class ClusterShape>
   CUTLASS_DEVICE PipelineTmaWarpRelease(SharedStorage& storage, Params params, ClusterShape)
       : storage_(storage), transaction_bytes_(params.transaction_bytes) {
-    static_assert(cute::size(ClusterShape{}) == 1, "sm12x: SM12x has no clusters larger than 1x1x1");
+    static_assert(cute::size(ClusterShape{}) == 1,
+                  "sm12x: SM12x has no clusters larger than 1x1x1");
     if (cutlass::canonical_warp_idx_sync() == params.initializing_warp && cute::elect_one_sync()) {
       uint32_t const consumer_warps = params.num_consumers / cutlass::NumThreadsPerWarp;
       CUTLASS_PRAGMA_UNROLL
@@ -60,11 +68,22 @@ class PipelineTmaWarpRelease {
     storage_.full[state.index()].arrive_and_expect_tx(transaction_bytes_);
   }
 
+  /// Likewise, with a word for the stage's consumers.
+  CUTLASS_DEVICE void producer_acquire(PipelineState state, int32_t word) {
+    storage_.empty[state.index()].wait(state.phase());
+    storage_.word[state.index()] = word;
+    storage_.full[state.index()].arrive_and_expect_tx(transaction_bytes_);
+  }
+
+  /// The producer's word, between consumer_wait() and consumer_release().
+  CUTLASS_DEVICE int32_t consumer_word(PipelineState state) { return storage_.word[state.index()]; }
+
   CUTLASS_DEVICE ProducerBarrierType* producer_get_barrier(PipelineState state) {
     return reinterpret_cast<ProducerBarrierType*>(&storage_.full[state.index()]);
   }
 
-  /// Waits until every stage has been released, so that nothing is in flight. Changes no phase. One thread.
+  /// Waits until every stage has been released, so that nothing is in flight. Changes no phase. One
+  /// thread.
   CUTLASS_DEVICE void producer_tail(PipelineState state) {
     CUTLASS_PRAGMA_NO_UNROLL
     for (int stage = 0; stage < Stages_; ++stage) {

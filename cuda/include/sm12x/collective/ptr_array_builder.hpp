@@ -1,11 +1,14 @@
-/// CollectiveBuilder for SM120 ptr-array (grouped) FP8 GEMM with plain layouts: what NVIDIA/cutlass#3263 asks for.
+/// CollectiveBuilder for SM120 ptr-array (grouped) FP8 GEMM with plain layouts: what
+/// NVIDIA/cutlass#3263 asks for.
 ///
-///   tags                                                  | CUTLASS below 4.6 | CUTLASS 4.6 and later
-///   sm12x::KernelPtrArray{Cooperative,Pingpong}<N, Mma>   | this builder      | this builder
-///   cutlass::gemm::KernelPtrArrayTmaWarpSpecialized{...}Sm120<N> | this builder | CUTLASS's own
+///   tags                                                      CUTLASS < 4.6   CUTLASS >= 4.6
+///   sm12x::KernelPtrArray{Cooperative,Pingpong}<...>          this builder    this builder
+///   cutlass::gemm::KernelPtrArrayTmaWarpSpecialized
+///       {Cooperative,Pingpong}Sm120<N>, N = 1, 2, 3           this builder    CUTLASS's own
 ///
-/// Below 4.6 the dense SM120 builder matches the upstream tags too and then refuses them. It is switched off for
-/// exactly those, through its alignment predicate, so that this specialisation is the only match.
+/// Below 4.6 the dense SM120 builder matches the upstream tags too and then refuses them. It is
+/// switched off for exactly those, through its alignment predicate, so that this specialisation is
+/// the only match.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -28,12 +31,12 @@ namespace sm12x::detail {
 /// Shared memory that one block may use on SM12x.
 inline constexpr int kSharedMemoryBytes = 101376;
 
-/// What CUTLASS's ptr-array shells keep beside the tensors: scheduler and pipeline barriers, tensor maps, and the
-/// padding that the 1024-byte alignment of the operand tiles can cost.
+/// What CUTLASS's ptr-array shells keep beside the tensors: scheduler and pipeline barriers, tensor
+/// maps, and the padding that the 1024-byte alignment of the operand tiles can cost.
 inline constexpr int kShellBytes = 1536;
 
-/// Room for a sub-tiled 16-bit epilogue, where the caller did not say what its epilogue takes.
-inline constexpr int kDefaultEpilogueBytes = 9216;
+/// Room for two 64x32 epilogue tiles in FP32, where the caller did not say what its epilogue takes.
+inline constexpr int kDefaultEpilogueBytes = 17408;
 
 template <int Carveout, int StageBytes>
 constexpr int stage_count() {
@@ -55,8 +58,8 @@ constexpr int stages_of(cutlass::gemm::collective::StageCountAutoCarveout<0>) {
 }
 
 template <class Element>
-inline constexpr bool is_fp8_v =
-    cute::is_same_v<Element, cutlass::float_e4m3_t> || cute::is_same_v<Element, cutlass::float_e5m2_t>;
+inline constexpr bool is_fp8_v = cute::is_same_v<Element, cutlass::float_e4m3_t> ||
+                                 cute::is_same_v<Element, cutlass::float_e5m2_t>;
 
 /// Whether this builder takes the tag. Upstream tags only where the dense builder was switched off.
 template <class Tag, class ElementA, int AlignmentA, class ElementB, int AlignmentB>
@@ -67,8 +70,9 @@ constexpr bool builds() {
 }
 
 template <MmaKind Kind, class ElementA, class ElementB>
-using MmaOp = cute::conditional_t<Kind == MmaKind::kUnitScale, arch::UnitScaleMma<ElementA, ElementB>,
-                                  arch::PlainMma<ElementA, ElementB>>;
+using MmaOp =
+    cute::conditional_t<Kind == MmaKind::kUnitScale, arch::UnitScaleMma<ElementA, ElementB>,
+                        arch::PlainMma<ElementA, ElementB>>;
 
 }  // namespace sm12x::detail
 
@@ -76,15 +80,17 @@ namespace cutlass::gemm::collective {
 
 #if SM12X_BUILDS_UPSTREAM_TAGS
 namespace detail {
-#define SM12X_SWITCH_OFF_DENSE(A, B, TAG) \
-  template <>                             \
-  constexpr bool sm1xx_gemm_is_aligned<A, 16, B, 16, TAG>() { return false; }
-#define SM12X_SWITCH_OFF_DENSE_TAGS(A, B)                                                     \
-  SM12X_SWITCH_OFF_DENSE(A, B, KernelPtrArrayTmaWarpSpecializedCooperativeSm120<1>)           \
-  SM12X_SWITCH_OFF_DENSE(A, B, KernelPtrArrayTmaWarpSpecializedCooperativeSm120<2>)           \
-  SM12X_SWITCH_OFF_DENSE(A, B, KernelPtrArrayTmaWarpSpecializedCooperativeSm120<3>)           \
-  SM12X_SWITCH_OFF_DENSE(A, B, KernelPtrArrayTmaWarpSpecializedPingpongSm120<1>)              \
-  SM12X_SWITCH_OFF_DENSE(A, B, KernelPtrArrayTmaWarpSpecializedPingpongSm120<2>)              \
+#define SM12X_SWITCH_OFF_DENSE(A, B, TAG)                     \
+  template <>                                                 \
+  constexpr bool sm1xx_gemm_is_aligned<A, 16, B, 16, TAG>() { \
+    return false;                                             \
+  }
+#define SM12X_SWITCH_OFF_DENSE_TAGS(A, B)                                           \
+  SM12X_SWITCH_OFF_DENSE(A, B, KernelPtrArrayTmaWarpSpecializedCooperativeSm120<1>) \
+  SM12X_SWITCH_OFF_DENSE(A, B, KernelPtrArrayTmaWarpSpecializedCooperativeSm120<2>) \
+  SM12X_SWITCH_OFF_DENSE(A, B, KernelPtrArrayTmaWarpSpecializedCooperativeSm120<3>) \
+  SM12X_SWITCH_OFF_DENSE(A, B, KernelPtrArrayTmaWarpSpecializedPingpongSm120<1>)    \
+  SM12X_SWITCH_OFF_DENSE(A, B, KernelPtrArrayTmaWarpSpecializedPingpongSm120<2>)    \
   SM12X_SWITCH_OFF_DENSE(A, B, KernelPtrArrayTmaWarpSpecializedPingpongSm120<3>)
 SM12X_SWITCH_OFF_DENSE_TAGS(float_e4m3_t, float_e4m3_t)
 SM12X_SWITCH_OFF_DENSE_TAGS(float_e4m3_t, float_e5m2_t)
@@ -95,15 +101,18 @@ SM12X_SWITCH_OFF_DENSE_TAGS(float_e5m2_t, float_e5m2_t)
 }  // namespace detail
 #endif
 
-template <class ElementA, class GmemLayoutATag, int AlignmentA, class ElementB, class GmemLayoutBTag, int AlignmentB,
-          class ElementAccumulator, class TileShape_MNK, class ClusterShape_MNK, class StageCountType,
-          class BuilderScheduleTag>
+template <class ElementA, class GmemLayoutATag, int AlignmentA, class ElementB,
+          class GmemLayoutBTag, int AlignmentB, class ElementAccumulator, class TileShape_MNK,
+          class ClusterShape_MNK, class StageCountType, class BuilderScheduleTag>
 struct CollectiveBuilder<
-    arch::Sm120, arch::OpClassTensorOp, ElementA, GmemLayoutATag, AlignmentA, ElementB, GmemLayoutBTag, AlignmentB,
-    ElementAccumulator, TileShape_MNK, ClusterShape_MNK, StageCountType, BuilderScheduleTag,
+    arch::Sm120, arch::OpClassTensorOp, ElementA, GmemLayoutATag, AlignmentA, ElementB,
+    GmemLayoutBTag, AlignmentB, ElementAccumulator, TileShape_MNK, ClusterShape_MNK, StageCountType,
+    BuilderScheduleTag,
     cute::enable_if_t<not cute::is_tuple_v<ElementA> && not cute::is_tuple_v<ElementB> &&
-                      not cute::is_tuple_v<GmemLayoutATag> && not cute::is_tuple_v<GmemLayoutBTag> &&
-                      ::sm12x::detail::builds<BuilderScheduleTag, ElementA, AlignmentA, ElementB, AlignmentB>()>> {
+                      not cute::is_tuple_v<GmemLayoutATag> &&
+                      not cute::is_tuple_v<GmemLayoutBTag> &&
+                      ::sm12x::detail::builds<BuilderScheduleTag, ElementA, AlignmentA, ElementB,
+                                              AlignmentB>()>> {
   //
   // Compile-time checks
   //
@@ -121,33 +130,38 @@ struct CollectiveBuilder<
                 "sm12x: A and B must be aligned to 16 elements (16 bytes), as TMA requires");
   static_assert(cute::is_static_v<TileShape_MNK> && cute::is_static_v<ClusterShape_MNK>,
                 "sm12x: tile and cluster shapes must be static");
-  static_assert(cute::size(ClusterShape_MNK{}) == 1, "sm12x: SM12x has no clusters larger than 1x1x1");
-  static_assert(cutlass::gemm::detail::is_k_major_A<GmemLayoutATag>() &&
-                    cutlass::gemm::detail::is_k_major_B<GmemLayoutBTag>(),
-                "sm12x: A must be RowMajor and B ColumnMajor (both K-major): FP8 MMA reads no other layout");
+  static_assert(cute::size(ClusterShape_MNK{}) == 1,
+                "sm12x: SM12x has no clusters larger than 1x1x1");
+  static_assert(
+      cutlass::gemm::detail::is_k_major_A<GmemLayoutATag>() &&
+          cutlass::gemm::detail::is_k_major_B<GmemLayoutBTag>(),
+      "sm12x: A must be RowMajor and B ColumnMajor (both K-major): FP8 MMA reads no other layout");
   static_assert(cute::is_pointer_v<GmemLayoutATag> && cute::is_pointer_v<GmemLayoutBTag>,
                 "sm12x: a grouped GEMM takes its layouts as pointers (RowMajor*, ColumnMajor*)");
   static_assert(TileK % 32 == 0, "sm12x: the tile's K must be a multiple of 32");
-  static_assert(IsCooperative ? TileM % 128 == 0 : TileM % 64 == 0,
-                "sm12x: the tile's M must be a multiple of 128 (Cooperative) or 64 (Pingpong)");
-  static_assert(TileN % 16 == 0, "sm12x: the tile's N must be a multiple of 16");
+  static_assert(TileM % 128 == 0 || (!IsCooperative && TileM == 64),
+                "sm12x: the tile's M must be a multiple of 128, or 64 (Pingpong only)");
+  static_assert(TileN == 16 || TileN % 32 == 0,
+                "sm12x: the tile's N must be 16 or a multiple of 32");
 
   //
   // Types
   //
 
-  // Few columns: all warps along M, so that each reads its own rows of A once. Else two columns of warps.
+  // Few columns: all warps along M, so that each reads its own rows of A once. Else two columns of
+  // warps.
   static constexpr bool IsNarrow = TileN <= 32;
-  using AtomLayoutMNK =
-      cute::conditional_t<IsCooperative,
-                          cute::conditional_t<IsNarrow, cute::Layout<cute::Shape<cute::_8, cute::_1, cute::_1>>,
-                                              cute::Layout<cute::Shape<cute::_4, cute::_2, cute::_1>>>,
-                          cute::conditional_t<IsNarrow, cute::Layout<cute::Shape<cute::_4, cute::_1, cute::_1>>,
-                                              cute::Layout<cute::Shape<cute::_2, cute::_2, cute::_1>>>>;
+  using AtomLayoutMNK = cute::conditional_t<
+      IsCooperative,
+      cute::conditional_t<IsNarrow, cute::Layout<cute::Shape<cute::_8, cute::_1, cute::_1>>,
+                          cute::Layout<cute::Shape<cute::_4, cute::_2, cute::_1>>>,
+      cute::conditional_t<IsNarrow, cute::Layout<cute::Shape<cute::_4, cute::_1, cute::_1>>,
+                          cute::Layout<cute::Shape<cute::_2, cute::_2, cute::_1>>>>;
   using PermTileM = cute::Int<cute::min(TileM, 128)>;
   using PermTileN = cute::Int<cute::min(TileN, 32)>;
-  using TiledMma = decltype(cute::make_tiled_mma(::sm12x::detail::MmaOp<ScheduleTraits::kMma, ElementA, ElementB>{},
-                                                 AtomLayoutMNK{}, cute::Tile<PermTileM, PermTileN, cute::_32>{}));
+  using TiledMma = decltype(cute::make_tiled_mma(
+      ::sm12x::detail::MmaOp<ScheduleTraits::kMma, ElementA, ElementB>{}, AtomLayoutMNK{},
+      cute::Tile<PermTileM, PermTileN, cute::_32>{}));
 
   using SmemLayoutAtomA = decltype(detail::sm120_rr_smem_selector<uint8_t, cute::Int<TileK>>());
   using SmemLayoutAtomB = SmemLayoutAtomA;
@@ -157,15 +171,19 @@ struct CollectiveBuilder<
   static constexpr int StageBytes = (TileM + TileN) * TileK;
   static constexpr int PipelineStages = ::sm12x::detail::stages_of<StageBytes>(StageCountType{});
   static_assert(PipelineStages >= 2,
-                "sm12x: the tile leaves shared memory for fewer than 2 stages; take a smaller tile or epilogue");
+                "sm12x: the tile leaves shared memory for fewer than 2 stages; take a smaller tile "
+                "or epilogue");
 
-  using DispatchPolicy = ::sm12x::MainloopPtrArrayTmaWarpSpecialized<PipelineStages, ClusterShape_MNK,
-                                                                     typename ScheduleTraits::Shell>;
+  using DispatchPolicy =
+      ::sm12x::MainloopPtrArrayTmaWarpSpecialized<PipelineStages, ClusterShape_MNK,
+                                                  typename ScheduleTraits::Shell,
+                                                  ScheduleTraits::kSkipEmptyColumns>;
   using CollectiveOp =
-      CollectiveMma<DispatchPolicy, TileShape_MNK, ElementA, cutlass::gemm::TagToStrideA_t<GmemLayoutATag>, ElementB,
-                    cutlass::gemm::TagToStrideB_t<GmemLayoutBTag>, TiledMma, cute::SM90_TMA_LOAD, SmemLayoutAtomA,
-                    SmemCopyAtomA, cute::identity, cute::SM90_TMA_LOAD, SmemLayoutAtomB, SmemCopyAtomB,
-                    cute::identity>;
+      CollectiveMma<DispatchPolicy, TileShape_MNK, ElementA,
+                    cutlass::gemm::TagToStrideA_t<GmemLayoutATag>, ElementB,
+                    cutlass::gemm::TagToStrideB_t<GmemLayoutBTag>, TiledMma, cute::SM90_TMA_LOAD,
+                    SmemLayoutAtomA, SmemCopyAtomA, cute::identity, cute::SM90_TMA_LOAD,
+                    SmemLayoutAtomB, SmemCopyAtomB, cute::identity>;
 };
 
 }  // namespace cutlass::gemm::collective

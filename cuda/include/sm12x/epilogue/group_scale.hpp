@@ -1,8 +1,9 @@
 /// The scale fusion of a grouped GEMM: D = m_scale * n_scale * acc (+ bias), per group.
 ///
-/// Each scale is one value or a vector, decided at run time group by group; it multiplies (dequantises). m_scale
-/// runs along the kernel's M side, n_scale along N; the bias runs along the output features, which are N, or M where
-/// the operands are swapped. Everything is FP32 up to one rounding to D's type.
+/// Each scale is one value or a vector, decided at run time group by group; it multiplies
+/// (dequantises). m_scale runs along the kernel's M side, n_scale along N; the bias runs along the
+/// output features, which are N, or M where the operands are swapped. Everything is FP32 up to one
+/// rounding to D's type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +11,7 @@
 
 #include <cute/tensor.hpp>
 #include <cutlass/cutlass.h>
-#include <cutlass/epilogue/collective/builders/sm120_common.inl>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/dispatch_policy.hpp>
 #include <cutlass/epilogue/fusion/callbacks.hpp>
 #include <cutlass/epilogue/fusion/operations.hpp>
@@ -26,7 +27,8 @@ namespace sm12x::epilogue {
 inline constexpr int kAlongM = 0;
 inline constexpr int kAlongN = 1;
 
-/// Reads a group's scale. Both arrays are on the device, one entry per group. A null array means 1 for all groups.
+/// Reads a group's scale. Both arrays are on the device, one entry per group. A null array means 1
+/// for all groups.
 struct ScaleSource {
   struct Arguments {
     float const* const* values = nullptr;  ///< the group's scale: one value or a vector
@@ -75,8 +77,8 @@ struct BiasSource {
   }
 };
 
-/// Epilogue visitor leaf: a vector along one side of the output, or one value, broadcast over the other side.
-/// Values are read once per tile into registers, only those inside the group's output.
+/// Epilogue visitor leaf: a vector along one side of the output, or one value, broadcast over the
+/// other side. Values are read once per tile into registers, only those inside the group's output.
 template <int Side, class Source>
 struct GroupBroadcast {
   static_assert(Side == kAlongM || Side == kAlongN);
@@ -86,7 +88,8 @@ struct GroupBroadcast {
   using Params = Arguments;
 
   template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
+  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args,
+                                                  void*) {
     return args;
   }
   template <class ProblemShape>
@@ -98,13 +101,14 @@ struct GroupBroadcast {
     return 0;
   }
   template <class ProblemShape>
-  static cutlass::Status initialize_workspace(ProblemShape const&, Arguments const&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
+  static cutlass::Status initialize_workspace(ProblemShape const&, Arguments const&, void*,
+                                              cudaStream_t, cutlass::CudaHostAdapter* = nullptr) {
     return cutlass::Status::kSuccess;
   }
 
   CUTLASS_HOST_DEVICE GroupBroadcast() {}
-  CUTLASS_HOST_DEVICE GroupBroadcast(Params const& params_, SharedStorage const&) : params(params_) {}
+  CUTLASS_HOST_DEVICE GroupBroadcast(Params const& params_, SharedStorage const&)
+      : params(params_) {}
 
   CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
   CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
@@ -118,9 +122,14 @@ struct GroupBroadcast {
 
   template <class RTensor, class CTensor, class Residue>
   struct ConsumerStoreCallbacks : cutlass::epilogue::fusion::detail::EmptyConsumerStoreCallbacks {
-    CUTLASS_DEVICE ConsumerStoreCallbacks(RTensor values_, CTensor coords_, Residue residue_, int32_t extent_,
-                                          int32_t group_, Params const& params_)
-        : values(values_), coords(coords_), residue(residue_), extent(extent_), group(group_), params(params_) {}
+    CUTLASS_DEVICE ConsumerStoreCallbacks(RTensor values_, CTensor coords_, Residue residue_,
+                                          int32_t extent_, int32_t group_, Params const& params_)
+        : values(values_),
+          coords(coords_),
+          residue(residue_),
+          extent(extent_),
+          group(group_),
+          params(params_) {}
 
     RTensor values;   // (CPY,CPY_M,CPY_N,EPI_M,EPI_N), stride 0 along the other side
     CTensor coords;   // likewise, relative to the thread's first element
@@ -151,8 +160,8 @@ struct GroupBroadcast {
     }
 
     template <class ElementAccumulator, int FragmentSize>
-    CUTLASS_DEVICE cutlass::Array<float, FragmentSize> visit(cutlass::Array<ElementAccumulator, FragmentSize> const&,
-                                                             int epi_v, int epi_m, int epi_n) {
+    CUTLASS_DEVICE cutlass::Array<float, FragmentSize> visit(
+        cutlass::Array<ElementAccumulator, FragmentSize> const&, int epi_v, int epi_m, int epi_n) {
       cutlass::Array<float, FragmentSize> fragment;
       auto values_mn = values(cute::_, cute::_, cute::_, epi_m, epi_n);
       CUTLASS_PRAGMA_UNROLL
@@ -170,7 +179,8 @@ struct GroupBroadcast {
     int32_t const M = get<0>(args.problem_shape_mnkl);
     int32_t const N = get<1>(args.problem_shape_mnkl);
     int32_t const group = get<3>(args.tile_coord_mnkl);
-    // A tensor of the output's shape that is constant along the other side; only its layout is used.
+    // A tensor of the output's shape that is constant along the other side; only its layout is
+    // used.
     auto layout = [&] {
       if constexpr (Side == kAlongM) {
         return make_layout(make_shape(M, N, Int<1>{}), Stride<_1, _0, _0>{});
@@ -180,17 +190,19 @@ struct GroupBroadcast {
     }();
     Tensor broadcast = make_tensor(make_gmem_ptr(static_cast<float const*>(nullptr)), layout);
     Tensor partitioned = cutlass::epilogue::fusion::sm90_partition_for_epilogue<ReferenceSrc>(
-        broadcast, args.tile_shape_mnk, args.tile_coord_mnkl, args.epi_tile, args.tiled_copy, args.thread_idx);
+        broadcast, args.tile_shape_mnk, args.tile_coord_mnkl, args.epi_tile, args.tiled_copy,
+        args.thread_idx);
     Tensor values = make_tensor_like<float>(partitioned);  // (CPY,CPY_M,CPY_N,EPI_M,EPI_N)
-    return ConsumerStoreCallbacks<decltype(values), decltype(args.tCcD), decltype(args.residue_tCcD)>(
+    return ConsumerStoreCallbacks<decltype(values), decltype(args.tCcD),
+                                  decltype(args.residue_tCcD)>(
         values, args.tCcD, args.residue_tCcD, Side == kAlongM ? M : N, group, params);
   }
 
   Params params;
 };
 
-/// Fusion operation: D = m_scale * n_scale * acc + bias, each per group; BiasSide says along which side the output
-/// features run (kAlongN, or kAlongM where the operands are swapped).
+/// Fusion operation: D = m_scale * n_scale * acc + bias, each per group; BiasSide says along which
+/// side the output features run (kAlongN, or kAlongM where the operands are swapped).
 template <class ElementOutput_, int BiasSide_ = kAlongN,
           cutlass::FloatRoundStyle RoundStyle_ = cutlass::FloatRoundStyle::round_to_nearest>
 struct GroupScaledAcc : cutlass::epilogue::fusion::FusionOperation {
@@ -203,7 +215,8 @@ struct GroupScaledAcc : cutlass::epilogue::fusion::FusionOperation {
 /// The same as a visitor tree, to build on.
 template <class ElementOutput, int BiasSide, cutlass::FloatRoundStyle RoundStyle>
 using GroupScaledAccTree = cutlass::epilogue::fusion::Sm90EVT<
-    cutlass::epilogue::fusion::Sm90Compute<cutlass::homogeneous_multiply_add, ElementOutput, float, RoundStyle>,
+    cutlass::epilogue::fusion::Sm90Compute<cutlass::homogeneous_multiply_add, ElementOutput, float,
+                                           RoundStyle>,
     cutlass::epilogue::fusion::Sm90EVT<
         cutlass::epilogue::fusion::Sm90Compute<cutlass::multiplies, float, float, RoundStyle>,
         GroupBroadcast<kAlongM, ScaleSource>, GroupBroadcast<kAlongN, ScaleSource>>,
@@ -213,13 +226,14 @@ using GroupScaledAccTree = cutlass::epilogue::fusion::Sm90EVT<
 
 namespace cutlass::epilogue::fusion {
 
-template <int StagesC, int StagesD, int FragmentSize, bool ReuseSmemC, bool DelayTmaStore, int NumEpilogueWarpGroups,
-          class ElementOutput, int BiasSide, FloatRoundStyle RoundStyle, class CtaTileShapeMNK, class EpilogueTile>
+template <int StagesC, int StagesD, int FragmentSize, bool ReuseSmemC, bool DelayTmaStore,
+          int NumEpilogueWarpGroups, class ElementOutput, int BiasSide, FloatRoundStyle RoundStyle,
+          class CtaTileShapeMNK, class EpilogueTile>
 struct FusionCallbacks<
-    epilogue::Sm120PtrArrayTmaWarpSpecialized<StagesC, StagesD, FragmentSize, ReuseSmemC, DelayTmaStore,
-                                              NumEpilogueWarpGroups>,
-    ::sm12x::epilogue::GroupScaledAcc<ElementOutput, BiasSide, RoundStyle>, CtaTileShapeMNK, EpilogueTile>
-    : ::sm12x::epilogue::GroupScaledAccTree<ElementOutput, BiasSide, RoundStyle> {
+    epilogue::Sm120PtrArrayTmaWarpSpecialized<StagesC, StagesD, FragmentSize, ReuseSmemC,
+                                              DelayTmaStore, NumEpilogueWarpGroups>,
+    ::sm12x::epilogue::GroupScaledAcc<ElementOutput, BiasSide, RoundStyle>, CtaTileShapeMNK,
+    EpilogueTile> : ::sm12x::epilogue::GroupScaledAccTree<ElementOutput, BiasSide, RoundStyle> {
   using Impl = ::sm12x::epilogue::GroupScaledAccTree<ElementOutput, BiasSide, RoundStyle>;
   using Operation = ::sm12x::epilogue::GroupScaledAcc<ElementOutput, BiasSide, RoundStyle>;
 

@@ -1,7 +1,8 @@
 /// Runs a CUTLASS ptr-array kernel shell from the flat launch struct of abi.h.
 ///
-/// CUTLASS builds its parameters on the host. A cubin has no host code, so they are built here, on the device and in
-/// registers: every pointer follows from the launch struct, every other field is a constant of the kernel type.
+/// CUTLASS builds its parameters on the host. A cubin has no host code, so they are built here, on
+/// the device and in registers: every pointer follows from the launch struct, every other field is
+/// a constant of the kernel type.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -20,9 +21,6 @@ struct PtrArrayLaunch {
   using Params = typename GemmKernel::Params;
   using Mainloop = typename GemmKernel::CollectiveMainloop;
   using Epilogue = typename GemmKernel::CollectiveEpilogue;
-  using Scheduler = typename GemmKernel::TileScheduler;
-  using SchedulerParams = typename GemmKernel::TileSchedulerParams;
-  using RasterOrder = typename Scheduler::RasterOrder;
   using ProblemShape = typename GemmKernel::ProblemShape;
 
   /// Tensor maps of one CTA: the main loop's ring, then one map of D per epilogue warp group.
@@ -30,7 +28,7 @@ struct PtrArrayLaunch {
   static constexpr int kEpilogueBytesPerCta =
       static_cast<int>(Epilogue::NumEpilogueWarpGroups * sizeof(cute::TmaDescriptor));
 
-  CUTLASS_DEVICE static Params params(sm12x_ptr_array_params const& launch, RasterOrder raster_order) {
+  CUTLASS_DEVICE static Params params(sm12x_ptr_array_params const& launch) {
     GroupArrays const arrays(launch.group_arrays, launch.num_groups);
     auto* maps = reinterpret_cast<uint8_t*>(launch.tensor_maps);
 
@@ -66,42 +64,13 @@ struct PtrArrayLaunch {
     params.epilogue.ptr_D = arrays.at<D*>(SM12X_OFFSET_PTR_D);
     params.epilogue.dD = arrays.at<typename Epilogue::InternalStrideD>(SM12X_OFFSET_STRIDE_D);
 
-    params.scheduler = scheduler_params(params.problem_shape, raster_order);
+    params.scheduler.problem_shapes = params.problem_shape;
     return params;
   }
 
  private:
   CUTLASS_DEVICE static cute::TmaDescriptor const& descriptor(sm12x_tensor_map const& map) {
     return reinterpret_cast<cute::TmaDescriptor const&>(map);
-  }
-
-  // What SchedulerParams::initialize() computes on the host, for a 1x1x1 cluster and no swizzle.
-  CUTLASS_DEVICE static SchedulerParams scheduler_params(ProblemShape const& problem_shape, RasterOrder raster_order) {
-    using TileShape = typename GemmKernel::TileShape;
-    constexpr int kTileM = cute::size<0>(TileShape{});
-    constexpr int kTileN = cute::size<1>(TileShape{});
-    SchedulerParams params;
-    params.divmod_cluster_shape_major_ = cutlass::FastDivmodU64Pow2(1);
-    params.divmod_cluster_shape_minor_ = cutlass::FastDivmodU64Pow2(1);
-    params.divmod_cta_shape_m_ = divmod<kTileM>();
-    params.divmod_cta_shape_n_ = divmod<kTileN>();
-    params.blocks_across_problem_ = 0;
-    params.pre_processed_problem_shapes = false;
-    params.log_swizzle_size_ = 0;
-    params.raster_order_ = raster_order;
-    params.problem_shapes_ = problem_shape;
-    params.cta_shape_ = cutlass::gemm::GemmCoord(kTileM, kTileN, cute::size<2>(TileShape{}));
-    params.cluster_shape_ = cutlass::gemm::GemmCoord(1, 1, 1);
-    return params;
-  }
-
-  template <int Divisor>
-  CUTLASS_DEVICE static cutlass::FastDivmodU64 divmod() {
-    static_assert((Divisor & (Divisor - 1)) == 0, "tile extents are powers of two");
-    cutlass::FastDivmodU64 result;
-    result.divisor = Divisor;
-    result.shift_right = cutlass::log2_down<Divisor>::value;
-    return result;  // multiplier 0: a shift is enough
   }
 };
 
