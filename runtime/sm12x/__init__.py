@@ -1,0 +1,56 @@
+"""sm12x: precompiled FP8 grouped GEMM kernels for consumer and workstation Blackwell (CC 12.x).
+
+`grouped_gemm` and `workspace_size` are the operations, `reference` is what they compute in NumPy. Names are
+loaded on first use: `import sm12x` imports no CUDA, no framework and not even NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .manifest import wheel_major as _wheel_major
+
+if TYPE_CHECKING:
+    from . import reference
+    from .errors import CubinError, CudaError, DriverError, UnsupportedDeviceError
+    from .ops.grouped_gemm import grouped_gemm
+    from .ops.launch import workspace_size
+
+__version__ = "0.1.0"
+__all__ = [
+    "CubinError",
+    "CudaError",
+    "DriverError",
+    "UnsupportedDeviceError",
+    "__version__",
+    "grouped_gemm",
+    "reference",
+    "workspace_size",
+]
+
+_wheel_major()  # ImportError where both wheels are installed
+
+_MODULES = {
+    "CubinError": ".errors",
+    "CudaError": ".errors",
+    "DriverError": ".errors",
+    "UnsupportedDeviceError": ".errors",
+    "grouped_gemm": ".ops.grouped_gemm",
+    "workspace_size": ".ops.launch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "reference":
+        return importlib.import_module(".reference", __name__)
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module 'sm12x' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

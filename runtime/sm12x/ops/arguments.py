@@ -1,0 +1,81 @@
+"""From the caller's objects to arrays and a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .. import ordering
+from ..arrays import HOST
+from ..tensors import ingest
+from . import validate
+
+
+def device_of(obj: Any, framework: str, argument: str) -> int:
+    """The CUDA device that `obj` lies on, asked before it is taken in, because its stream depends on it."""
+    if framework in ("torch", "cupy", "numpy"):
+        device = ingest(obj, argument, 0).device
+    elif framework == "cuda_array_interface":
+        pointer = int(obj.__cuda_array_interface__["data"][0])
+        # Taking an empty one in says what is wrong with it.
+        device = ordering.pointer_device(pointer) if pointer else ingest(obj, argument, 0).device
+    elif hasattr(obj, "__dlpack_device__"):
+        try:
+            kind, ordinal = obj.__dlpack_device__()
+        except Exception:  # deleted or sharded JAX arrays: taking it in names the argument
+            device = ingest(obj, argument, 0).device
+        else:
+            device = int(ordinal) if int(kind) in (2, 13) else HOST  # kDLCUDA, kDLCUDAManaged
+    else:
+        device = ingest(obj, argument, 0).device
+    if device < 0:
+        raise ValueError(f"{argument}: expected memory of a CUDA device, got host memory ({framework})")
+    return device
+
+
+def scale(value: Any, argument: str, stream: int) -> validate.Scale:
+    """A scale as a float (None is 1.0) or as an array."""
+    number = validate.scale_value(value, argument)
+    return ingest(value, argument, stream) if number is None else number
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether an argument is a sequence of arrays, not an array."""
+    return isinstance(value, (list, tuple)) or (
+        isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    )
+
+
+def numpy_backend(
+    a: Any,
+    b: Any,
+    a_scale: Any,
+    b_scale: Any,
+    offsets: Any,
+    out: Any,
+    out_dtype: Any,
+    bias: Any,
+    workspace: Any,
+    stream: Any,
+    dtype: Any,
+    variant: Any,
+) -> Any:
+    """The same call on NumPy arrays. Raises ValueError for arguments that mean nothing there."""
+    for argument, value in (("workspace", workspace), ("stream", stream), ("variant", variant)):
+        if value is not None:
+            raise ValueError(
+                f"{argument}: expected None with NumPy arrays, which run on the CPU, got {value!r}"
+            )
+    from ..reference import grouped_gemm_numpy  # not above: GPU callers need no NumPy code
+
+    return grouped_gemm_numpy(
+        a,
+        b,
+        a_scale=a_scale,
+        b_scale=b_scale,
+        offsets=offsets,
+        out=out,
+        out_dtype=out_dtype,
+        bias=bias,
+        dtype=dtype,
+    )
