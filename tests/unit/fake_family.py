@@ -1,0 +1,108 @@
+"""The family fp8_ptr_array with made-up cubins, laid out the way the build does."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import random
+from typing import Any
+
+from sm12x import abi
+
+# (key stem, tile, schedule, swap_ab, threads, shared memory, workspace per CTA, grid axis)
+GEMMS = [
+    ("128x128x128_coop", (128, 128, 128), "cooperative", False, 384, 99328, 384, "x"),
+    ("64x128x128_pingpong", (64, 128, 128), "pingpong", False, 384, 90112, 512, "x"),
+    ("128x32x128_swap", (128, 32, 128), "cooperative", True, 384, 80896, 384, "y"),
+    ("128x16x128_swap", (128, 16, 128), "cooperative", True, 384, 70656, 384, "y"),
+]
+OUTS = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def abi_record() -> dict[str, Any]:
+    """The mirror as the build would record it."""
+    structs = {}
+    for name, struct in abi.STRUCTS.items():
+        fields = {
+            key: [getattr(struct, key).offset, getattr(struct, key).size]
+            for key, *_ in struct._fields_
+            if not key.startswith("_")
+        }
+        structs[name] = {"size": ctypes.sizeof(struct), "align": 8, "fields": fields}
+    return {"structs": structs, "constants": abi.constants()}
+
+
+def write_family(root, archs=("sm_120a", "sm_121a", "sm_90a"), majors=("cu12", "cu13")):
+    """The family fp8_ptr_array with made-up cubins under `root`, the way the build lays it out."""
+    variants = {}
+
+    def add(key, kernel):
+        targets = {}
+        for arch in archs:
+            cubins = {}
+            for major in majors:
+                path = root / major / arch / f"{key}.cubin"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(random.randbytes(random.randrange(200, 400)) + key.encode())
+                cubins[major] = {
+                    "path": f"{major}/{arch}/{key}.cubin",
+                    "size": path.stat().st_size,
+                    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                    "assembler": "13.3.73",
+                    "registers": 168,
+                    "spill_bytes": 0,
+                    "stack_bytes": 0,
+                }
+            targets[arch] = {"ptx": {"path": f"ptx/{arch}/{key}.ptx.xz"}, "cubins": cubins}
+        variants[key] = {
+            "family": "fp8_ptr_array",
+            "symbol": f"sm12x_{key}",
+            "targets": targets,
+            "pdl": False,
+            **kernel,
+        }
+
+    for stem, tile, schedule, swap, threads, shared, workspace, axis in GEMMS:
+        for short, out in OUTS.items():
+            maps = {
+                "a": {"rank": 2, "box": [128, tile[0]], "swizzle": 128, "element_bytes": 1},
+                "b": {"rank": 2, "box": [128, tile[1]], "swizzle": 128, "element_bytes": 1},
+                "d": {"rank": 2, "box": [64, 64], "swizzle": 128, "element_bytes": 2},
+            }
+            add(
+                f"fp8_ptr_array_{stem}_{short}",
+                {
+                    "role": "gemm",
+                    "params": "sm12x_ptr_array_params",
+                    "tile": list(tile),
+                    "schedule": schedule,
+                    "swap_ab": swap,
+                    "a": "float8_e4m3fn",
+                    "b": "float8_e4m3fn",
+                    "out": out,
+                    "mma": "unit_scale",
+                    "stages": 2,
+                    "threads": threads,
+                    "shared_memory": shared,
+                    "grid_axis": axis,
+                    "workspace_per_cta": workspace,
+                    "tensor_maps": maps,
+                },
+            )
+    for role, threads in (("packed", 1024), ("list", 384)):
+        add(
+            f"fp8_ptr_array_prepare_{role}",
+            {
+                "role": f"prepare_{role}",
+                "params": f"sm12x_prepare_{role}_params",
+                "threads": threads,
+                "shared_memory": 0,
+                "grid_axis": "x",
+                "workspace_per_cta": 0,
+            },
+        )
+    contents = {"schema": 1, "toolchain": {"nvcc": "13.3.73"}, "abi": abi_record(), "variants": variants}
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "manifest.json").write_text(json.dumps(contents))
+    return contents
