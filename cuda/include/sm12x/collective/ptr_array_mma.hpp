@@ -552,8 +552,8 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
     tma_descriptor_replace_dims_strides_in_shared_mem(shared_map, extents, strides);
   }
 
-  /// Whether the main loop holds two k-blocks of fragments. On the sm_90a twin the compiler widens
-  /// every fragment to FP16 in registers, which beside 64 accumulators would spill.
+  /// Whether the main loop holds two k-blocks of fragments. On the sm_90a twin every fragment is
+  /// widened to FP16 in registers, which beside 64 accumulators would spill.
   template <class FrgTensorC>
   CUTLASS_DEVICE static constexpr bool prefetch_fragments() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1200

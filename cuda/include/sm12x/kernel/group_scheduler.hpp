@@ -5,9 +5,8 @@
 /// those inside one group 32-bit: 2^32 tiles of one group would need an output larger than any
 /// memory.
 ///
-/// CUTLASS's own scheduler divides 64-bit numbers in the code that all warps share; the call this
-/// compiles to makes the consumers keep their work tile in local memory, inside the loop that holds
-/// the MMAs.
+/// Against CUTLASS's own scheduler: no 64-bit division (a call, in code that all warps share), no
+/// swizzle and no clusters, and the side that varies fastest is known at compile time.
 #pragma once
 
 #include <cstdint>
