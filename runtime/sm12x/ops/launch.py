@@ -1,6 +1,6 @@
 """Choosing a variant for a problem, and launching its kernels with prepared parameters.
 
-A `Kernel` is a launch with everything fixed but stream and parameters. Parameters live in a `Block`: host
+A `Launch` has everything fixed but stream and parameters. Parameters live in a `Block`: host
 memory of one struct and the pointer to it, so that a launch is one ctypes call with prebuilt arguments.
 """
 
