@@ -45,10 +45,10 @@ using LayoutD =
     cute::conditional_t<kSwapAb, cutlass::layout::ColumnMajor*, cutlass::layout::RowMajor*>;
 constexpr int kBiasSide = kSwapAb ? sm12x::epilogue::kAlongM : sm12x::epilogue::kAlongN;
 
-// A tile narrower than the 64x32 that EpilogueTileAuto takes is stored whole.
+// A tile that is one 64x32 wide or less is stored whole.
 using EpilogueTile =
     cute::conditional_t<(SM12X_TILE_N > 32), cutlass::epilogue::collective::EpilogueTileAuto,
-                        Shape<Int<SM12X_TILE_M>, Int<SM12X_TILE_N>>>;
+                        sm12x::epilogue::NarrowTile<TileShape>>;
 
 using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm120, cutlass::arch::OpClassTensorOp, TileShape, ClusterShape, EpilogueTile,

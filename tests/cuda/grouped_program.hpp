@@ -1,43 +1,42 @@
-// What a CUTLASS program outside this project writes to run a grouped GEMM: kernel type, arguments,
-// adapter.
+// What a CUTLASS program outside this project writes to run a grouped GEMM: epilogue, main loop,
+// kernel, adapter. A Choice names the types; cuda/tools/compile_tests.py writes one from every line
+// of matrix.toml.
 #pragma once
 
+#include <cutlass/epilogue/thread/activation.h>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 
 #include <sm12x/cutlass.hpp>
 
 namespace outside {
 
-using namespace cute;
-
-using ProblemShape = cutlass::gemm::GroupProblemShape<Shape<int, int, int>>;
-using ClusterShape = Shape<_1, _1, _1>;
-
-template <class ElementA, class ElementB, class ElementD, class LayoutD, class TileShape,
-          class EpilogueTile, class EpilogueSchedule, class FusionOperation, class MainloopSchedule>
+template <class Choice>
 struct GroupedGemm {
-  static constexpr int kAlignmentD = 128 / cutlass::sizeof_bits<ElementD>::value;
-
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm120, cutlass::arch::OpClassTensorOp, TileShape, ClusterShape, EpilogueTile,
-      float, float, void, LayoutD*, kAlignmentD, ElementD, LayoutD*, kAlignmentD, EpilogueSchedule,
-      FusionOperation>::CollectiveOp;
+      cutlass::arch::Sm120, cutlass::arch::OpClassTensorOp, typename Choice::TileShape,
+      typename Choice::ClusterShape, typename Choice::EpilogueTile,
+      typename Choice::ElementAccumulator, float, typename Choice::ElementC,
+      typename Choice::LayoutC, Choice::kAlignmentC, typename Choice::ElementD,
+      typename Choice::LayoutD, Choice::kAlignmentD, typename Choice::EpilogueSchedule,
+      typename Choice::Fusion>::CollectiveOp;
+
+  static constexpr int kEpilogueBytes = sizeof(typename CollectiveEpilogue::SharedStorage);
+  using StageCount = typename Choice::template StageCount<kEpilogueBytes>;
 
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm120, cutlass::arch::OpClassTensorOp, ElementA, cutlass::layout::RowMajor*,
-      16, ElementB, cutlass::layout::ColumnMajor*, 16, float, TileShape, ClusterShape,
-      cutlass::gemm::collective::StageCountAutoCarveout<sizeof(
-          typename CollectiveEpilogue::SharedStorage)>,
-      MainloopSchedule>::CollectiveOp;
+      cutlass::arch::Sm120, cutlass::arch::OpClassTensorOp, typename Choice::ElementA,
+      typename Choice::LayoutA, Choice::kAlignmentA, typename Choice::ElementB,
+      typename Choice::LayoutB, Choice::kAlignmentB, typename Choice::ElementAccumulator,
+      typename Choice::TileShape, typename Choice::ClusterShape, StageCount,
+      typename Choice::MainloopSchedule>::CollectiveOp;
 
-  using Kernel =
-      cutlass::gemm::kernel::GemmUniversal<ProblemShape, CollectiveMainloop, CollectiveEpilogue>;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<typename Choice::ProblemShape,
+                                                      CollectiveMainloop, CollectiveEpilogue>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  static_assert(Kernel::SharedStorageSize <= 101376);
-  static_assert(CollectiveMainloop::DispatchPolicy::Stages >= 2);
+  static constexpr int kStages = CollectiveMainloop::DispatchPolicy::Stages;
 
-  // Instantiates kernel and host side; never run in CI, which has no GPU.
+  // Instantiates kernel and host side.
   static cutlass::Status run(typename Gemm::Arguments const& arguments, void* workspace,
                              cudaStream_t stream) {
     Gemm gemm;
@@ -48,5 +47,29 @@ struct GroupedGemm {
     return status == cutlass::Status::kSuccess ? gemm.run(stream) : status;
   }
 };
+
+/// A main loop with another number of stages, past the builder and its limits.
+template <class Mainloop, int Stages>
+struct WithStages;
+
+template <int OldStages, class ClusterShape, class Schedule, bool SkipEmptyColumns, class... Rest,
+          int Stages>
+struct WithStages<cutlass::gemm::collective::CollectiveMma<
+                      sm12x::MainloopPtrArrayTmaWarpSpecialized<OldStages, ClusterShape, Schedule,
+                                                                SkipEmptyColumns>,
+                      Rest...>,
+                  Stages> {
+  using Type = cutlass::gemm::collective::CollectiveMma<
+      sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, ClusterShape, Schedule, SkipEmptyColumns>,
+      Rest...>;
+};
+
+/// Shared memory that the kernel would take with one stage more.
+template <class Choice>
+inline constexpr int kBytesWithOneMoreStage = cutlass::gemm::kernel::GemmUniversal<
+    typename Choice::ProblemShape,
+    typename WithStages<typename GroupedGemm<Choice>::CollectiveMainloop,
+                        GroupedGemm<Choice>::kStages + 1>::Type,
+    typename GroupedGemm<Choice>::CollectiveEpilogue>::SharedStorageSize;
 
 }  // namespace outside

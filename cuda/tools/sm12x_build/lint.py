@@ -31,6 +31,7 @@ _NAMES = frozenset(
         "NOTICE",
         "CMakeLists.txt",
         ".ci/run",
+        "tests/gpu/build_headers",
         "tests/gpu/run",
     }
 )

@@ -30,6 +30,10 @@ template <int SchedulerStages = 2, MmaKind Kind = MmaKind::kUnitScale,
           bool SkipEmptyColumns = false>
 struct KernelPtrArrayPingpong {};
 
+/// Picks the schedule from the tile: Pingpong for a tile of 64 rows, which Cooperative cannot take,
+/// else Cooperative. The tile is what decides speed; ../../../README.md says which to take.
+struct KernelScheduleAuto {};
+
 /// Dispatch policy of sm12x's ptr-array main loop. Schedule is CUTLASS's tag and picks CUTLASS's
 /// kernel shell.
 template <int Stages_, class ClusterShape_, class Schedule_, bool SkipEmptyColumns_ = false>
@@ -48,6 +52,12 @@ namespace detail {
 template <class Tag>
 struct ScheduleTraits {
   static constexpr bool kOwn = false;
+  static constexpr bool kUpstream = false;
+};
+
+template <>
+struct ScheduleTraits<KernelScheduleAuto> {
+  static constexpr bool kOwn = true;
   static constexpr bool kUpstream = false;
 };
 
@@ -91,6 +101,18 @@ struct ScheduleTraits<cutlass::gemm::KernelPtrArrayTmaWarpSpecializedPingpongSm1
   static constexpr MmaKind kMma = MmaKind::kUnitScale;
   static constexpr bool kSkipEmptyColumns = false;
   using Shell = cutlass::gemm::KernelPtrArrayTmaWarpSpecializedPingpongSm120<Stages>;
+};
+
+/// The schedule that a tag stands for, once the tile is known.
+template <class Tag, class TileShape>
+struct ResolvedSchedule {
+  using Type = Tag;
+};
+
+template <class TileShape>
+struct ResolvedSchedule<KernelScheduleAuto, TileShape> {
+  using Type = cute::conditional_t<(cute::size<0>(TileShape{}) < 128), KernelPtrArrayPingpong<>,
+                                   KernelPtrArrayCooperative<>>;
 };
 
 }  // namespace detail

@@ -2,9 +2,15 @@
 /// NVIDIA/cutlass#3263 asks for.
 ///
 ///   tags                                                      CUTLASS < 4.6   CUTLASS >= 4.6
+///   sm12x::KernelScheduleAuto                                 this builder    this builder
 ///   sm12x::KernelPtrArray{Cooperative,Pingpong}<...>          this builder    this builder
 ///   cutlass::gemm::KernelPtrArrayTmaWarpSpecialized
 ///       {Cooperative,Pingpong}Sm120<N>, N = 1, 2, 3           this builder    CUTLASS's own
+///
+/// Compiled against 4.2.0 and 4.5.0 in tests/cuda; a header set that calls itself 4.6 stands for the
+/// rest. N is accepted for its name: CUTLASS's ptr-array shells have a scheduler depth of 8. CUTLASS's
+/// own KernelScheduleAuto cannot be taken over, since nothing that switches its dense builder off sees
+/// that the layouts are pointers.
 ///
 /// Below 4.6 the dense SM120 builder matches the upstream tags too and then refuses them. It is
 /// switched off for exactly those, through its alignment predicate, so that this specialisation is
@@ -13,34 +19,17 @@
 
 #include <cutlass/cutlass.h>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/version.h>
 
 #include "sm12x/arch/mma.hpp"
 #include "sm12x/collective/dispatch_policy.hpp"
+#include "sm12x/collective/limits.hpp"
 #include "sm12x/collective/ptr_array_mma.hpp"
-
-#define SM12X_CUTLASS_VERSION (CUTLASS_MAJOR * 100 + CUTLASS_MINOR)
-#if SM12X_CUTLASS_VERSION < 406
-#define SM12X_BUILDS_UPSTREAM_TAGS 1
-#else
-#define SM12X_BUILDS_UPSTREAM_TAGS 0
-#endif
 
 namespace sm12x::detail {
 
-/// Shared memory that one block may use on SM12x.
-inline constexpr int kSharedMemoryBytes = 101376;
-
-/// What CUTLASS's ptr-array shells keep beside the tensors: scheduler and pipeline barriers, tensor
-/// maps, and the padding that the 1024-byte alignment of the operand tiles can cost.
-inline constexpr int kShellBytes = 1536;
-
-/// Room for two 64x32 epilogue tiles in FP32, where the caller did not say what its epilogue takes.
-inline constexpr int kDefaultEpilogueBytes = 17408;
-
 template <int Carveout, int StageBytes>
 constexpr int stage_count() {
-  constexpr int kBarrierBytes = 16;
+  constexpr int kBarrierBytes = 20;  // of one stage: two barriers and a word
   return (kSharedMemoryBytes - kShellBytes - Carveout) / (StageBytes + kBarrierBytes);
 }
 
@@ -57,16 +46,53 @@ constexpr int stages_of(cutlass::gemm::collective::StageCountAutoCarveout<0>) {
   return stage_count<kDefaultEpilogueBytes, StageBytes>();
 }
 
+/// What the caller reserved. A StageCount reserves nothing: what is left is the epilogue's.
+template <int Stages>
+constexpr int carveout_of(cutlass::gemm::collective::StageCount<Stages>) {
+  return 0;
+}
+template <int Carveout>
+constexpr int carveout_of(cutlass::gemm::collective::StageCountAutoCarveout<Carveout>) {
+  return Carveout;
+}
+
 template <class Element>
 inline constexpr bool is_fp8_v = cute::is_same_v<Element, cutlass::float_e4m3_t> ||
                                  cute::is_same_v<Element, cutlass::float_e5m2_t>;
 
-/// Whether this builder takes the tag. Upstream tags only where the dense builder was switched off.
+/// Whether this builder takes the tag. Upstream tags only where the dense builder does not match:
+/// where it was switched off, and where the alignment is wrong, so that the sentence is ours.
 template <class Tag, class ElementA, int AlignmentA, class ElementB, int AlignmentB>
 constexpr bool builds() {
   using Traits = ScheduleTraits<Tag>;
-  return Traits::kOwn || (SM12X_BUILDS_UPSTREAM_TAGS && Traits::kUpstream && is_fp8_v<ElementA> &&
-                          is_fp8_v<ElementB> && AlignmentA == 16 && AlignmentB == 16);
+  if constexpr (SM12X_BUILDS_UPSTREAM_TAGS && Traits::kUpstream && is_fp8_v<ElementA> &&
+                is_fp8_v<ElementB>) {
+    return !cutlass::gemm::collective::detail::sm1xx_gemm_is_aligned<ElementA, AlignmentA, ElementB,
+                                                                     AlignmentB, Tag>();
+  } else {
+    return Traits::kOwn;
+  }
+}
+
+/// How many of the MMA warps lie along M; the others lie along N. A warp reads its rows of A and its
+/// columns of B from shared memory for every k-block, so their sum should be small. Four columns of
+/// warps at most, and four rows, so that CUTLASS's 64x32 epilogue tile holds whole MMA tiles; the
+/// warps of a tile narrower than that all lie along M.
+constexpr int warps_along_m(int tile_m, int tile_n, int warps) {
+  if (tile_n < 32) {
+    return warps;
+  }
+  int best = 0;
+  for (int along_m = 4; along_m >= 1; along_m /= 2) {
+    int const along_n = warps / along_m;
+    bool const divides = tile_m % (16 * along_m) == 0 && tile_n % (16 * along_n) == 0;
+    if (divides && along_n <= 4 &&
+        (best == 0 ||
+         tile_m / along_m + tile_n / along_n < tile_m / best + tile_n * best / warps)) {
+      best = along_m;
+    }
+  }
+  return best;
 }
 
 template <MmaKind Kind, class ElementA, class ElementB>
@@ -117,19 +143,22 @@ struct CollectiveBuilder<
   // Compile-time checks
   //
 
-  using ScheduleTraits = ::sm12x::detail::ScheduleTraits<BuilderScheduleTag>;
+  static_assert(cute::is_static_v<TileShape_MNK> && cute::is_static_v<ClusterShape_MNK>,
+                "sm12x: tile and cluster shapes must be static");
+  using ScheduleTraits = ::sm12x::detail::ScheduleTraits<
+      typename ::sm12x::detail::ResolvedSchedule<BuilderScheduleTag, TileShape_MNK>::Type>;
   static constexpr bool IsCooperative = ScheduleTraits::kCooperative;
   static constexpr int TileM = cute::size<0>(TileShape_MNK{});
   static constexpr int TileN = cute::size<1>(TileShape_MNK{});
   static constexpr int TileK = cute::size<2>(TileShape_MNK{});
+  static constexpr int MmaWarps = IsCooperative ? 8 : 4;
 
   static_assert(::sm12x::detail::is_fp8_v<ElementA> && ::sm12x::detail::is_fp8_v<ElementB>,
                 "sm12x: A and B must be float_e4m3_t or float_e5m2_t");
   static_assert(cute::is_same_v<ElementAccumulator, float>, "sm12x: the accumulator must be float");
-  static_assert(AlignmentA == 16 && AlignmentB == 16,
-                "sm12x: A and B must be aligned to 16 elements (16 bytes), as TMA requires");
-  static_assert(cute::is_static_v<TileShape_MNK> && cute::is_static_v<ClusterShape_MNK>,
-                "sm12x: tile and cluster shapes must be static");
+  static_assert(
+      AlignmentA % 16 == 0 && AlignmentB % 16 == 0,
+      "sm12x: A and B must be aligned to multiples of 16 elements (16 bytes), as TMA requires");
   static_assert(cute::size(ClusterShape_MNK{}) == 1,
                 "sm12x: SM12x has no clusters larger than 1x1x1");
   static_assert(
@@ -137,28 +166,31 @@ struct CollectiveBuilder<
           cutlass::gemm::detail::is_k_major_B<GmemLayoutBTag>(),
       "sm12x: A must be RowMajor and B ColumnMajor (both K-major): FP8 MMA reads no other layout");
   static_assert(cute::is_pointer_v<GmemLayoutATag> && cute::is_pointer_v<GmemLayoutBTag>,
-                "sm12x: a grouped GEMM takes its layouts as pointers (RowMajor*, ColumnMajor*)");
-  static_assert(TileK % 32 == 0, "sm12x: the tile's K must be a multiple of 32");
-  static_assert(TileM % 128 == 0 || (!IsCooperative && TileM == 64),
-                "sm12x: the tile's M must be a multiple of 128, or 64 (Pingpong only)");
-  static_assert(TileN == 16 || TileN % 32 == 0,
-                "sm12x: the tile's N must be 16 or a multiple of 32");
+                "sm12x: a grouped GEMM takes its layouts as pointers (RowMajor*, ColumnMajor*); "
+                "batched GEMM (ArrayProblemShape) is not supported");
+  static_assert(TileK == 32 || TileK == 64 || TileK == 128,
+                "sm12x: the tile's K must be 32, 64 or 128");
+  static_assert(TileM == 64 || TileM == 128 || TileM == 256,
+                "sm12x: the tile's M must be 64 (Pingpong only), 128 or 256");
+  static_assert(!(IsCooperative && TileM < 128),
+                "sm12x: Cooperative spreads a tile over two warp groups and needs an M of 128 or "
+                "more; take Pingpong for an M of 64");
+  static_assert(TileN == 8 || TileN == 16 || TileN % 32 == 0,
+                "sm12x: the tile's N must be 8, 16 or a multiple of 32");
+  static_assert(
+      ::sm12x::detail::AccumulatorLimit<TileM * TileN / (MmaWarps * cutlass::NumThreadsPerWarp),
+                                        ::sm12x::detail::kMaxAccumulators>::kHolds);
 
   //
   // Types
   //
 
-  // Few columns: all warps along M, so that each reads its own rows of A once. Else two columns of
-  // warps.
-  static constexpr bool IsNarrow = TileN <= 32;
-  using AtomLayoutMNK = cute::conditional_t<
-      IsCooperative,
-      cute::conditional_t<IsNarrow, cute::Layout<cute::Shape<cute::_8, cute::_1, cute::_1>>,
-                          cute::Layout<cute::Shape<cute::_4, cute::_2, cute::_1>>>,
-      cute::conditional_t<IsNarrow, cute::Layout<cute::Shape<cute::_4, cute::_1, cute::_1>>,
-                          cute::Layout<cute::Shape<cute::_2, cute::_2, cute::_1>>>>;
+  static constexpr int WarpsM = ::sm12x::detail::warps_along_m(TileM, TileN, MmaWarps);
+  static constexpr int WarpsN = MmaWarps / WarpsM;
+  using AtomLayoutMNK = cute::Layout<cute::Shape<cute::Int<WarpsM>, cute::Int<WarpsN>, cute::_1>>;
   using PermTileM = cute::Int<cute::min(TileM, 128)>;
-  using PermTileN = cute::Int<cute::min(TileN, 32)>;
+  // Two MMA atoms a warp, which one LDSM.x4 fills; a tile of 8 columns has but one.
+  using PermTileN = cute::Int<cute::min(TileN, cute::max(32, 16 * WarpsN))>;
   using TiledMma = decltype(cute::make_tiled_mma(
       ::sm12x::detail::MmaOp<ScheduleTraits::kMma, ElementA, ElementB>{}, AtomLayoutMNK{},
       cute::Tile<PermTileM, PermTileN, cute::_32>{}));
@@ -166,13 +198,16 @@ struct CollectiveBuilder<
   using SmemLayoutAtomA = decltype(detail::sm120_rr_smem_selector<uint8_t, cute::Int<TileK>>());
   using SmemLayoutAtomB = SmemLayoutAtomA;
   using SmemCopyAtomA = cute::Copy_Atom<cute::SM75_U32x4_LDSM_N, uint8_t>;
-  using SmemCopyAtomB = SmemCopyAtomA;
+  using SmemCopyAtomB = cute::Copy_Atom<
+      cute::conditional_t<TileN == 8, cute::SM75_U32x2_LDSM_N, cute::SM75_U32x4_LDSM_N>, uint8_t>;
 
   static constexpr int StageBytes = (TileM + TileN) * TileK;
   static constexpr int PipelineStages = ::sm12x::detail::stages_of<StageBytes>(StageCountType{});
-  static_assert(PipelineStages >= 2,
-                "sm12x: the tile leaves shared memory for fewer than 2 stages; take a smaller tile "
-                "or epilogue");
+  static_assert(::sm12x::detail::SharedMemoryLimit<
+                cute::max(2, PipelineStages) * StageBytes + ::sm12x::detail::kShellBytes +
+                    ::sm12x::detail::carveout_of(StageCountType{}),
+                ::sm12x::detail::kSharedMemoryBytes>::kHolds);
+  static_assert(PipelineStages >= 2, "sm12x: the ptr-array main loop needs at least 2 stages");
 
   using DispatchPolicy =
       ::sm12x::MainloopPtrArrayTmaWarpSpecialized<PipelineStages, ClusterShape_MNK,

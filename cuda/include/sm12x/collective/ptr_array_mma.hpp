@@ -21,10 +21,18 @@
 #include <cutlass/detail/layout.hpp>
 #include <cutlass/gemm/collective/collective_mma_decl.hpp>
 #include <cutlass/gemm/gemm.h>
+#include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "sm12x/collective/dispatch_policy.hpp"
 #include "sm12x/collective/pipeline.hpp"
+
+namespace sm12x::detail {
+template <class ProblemShape>
+inline constexpr bool is_array_problem_v = false;
+template <class Shape>
+inline constexpr bool is_array_problem_v<cutlass::gemm::ArrayProblemShape<Shape>> = true;
+}  // namespace sm12x::detail
 
 namespace cutlass::gemm::collective {
 
@@ -163,9 +171,7 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
   template <class ProblemShape>
   static constexpr Params to_underlying_arguments(ProblemShape const& problem_shapes,
                                                   Arguments const& args, void* workspace) {
-    static_assert(
-        IsGroupedGemmKernel,
-        "sm12x: only grouped problems (GroupProblemShape, layouts as pointers) are supported");
+    check_problem_shape<ProblemShape>();
     // Address, shape and strides are replaced group by group; what must be right here is box,
     // swizzle and type.
     constexpr int kPlaceholderExtent = 128;
@@ -195,6 +201,7 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
   /// Bytes of global memory for the tensor-map rings of `sm_count` CTAs.
   template <class ProblemShape>
   static size_t get_workspace_size(ProblemShape const&, Arguments const&, int sm_count) {
+    check_problem_shape<ProblemShape>();
     return workspace_bytes(sm_count);
   }
 
@@ -387,10 +394,11 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
   // Consumers: the MMA warps
   //
 
-  template <class FrgTensorC>
+  /// The shells of CUTLASS 4.5 pass the tile's coordinate as well.
+  template <class FrgTensorC, class... BlockCoord>
   CUTLASS_DEVICE void mma(MainloopPipeline pipeline, PipelineState smem_pipe_read,
                           FrgTensorC& accum, int k_tile_count, int thread_idx,
-                          TensorStorage& shared_tensors, Params const&) {
+                          TensorStorage& shared_tensors, Params const&, BlockCoord const&...) {
     using namespace cute;
     static_assert(is_rmem<FrgTensorC>::value, "sm12x: accumulators live in registers");
     clear(accum);
@@ -471,6 +479,15 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
 
  private:
   static constexpr int TileN = cute::size<1>(TileShape{});
+
+  // CUTLASS 4.2's default scheduler for SM120 leaves the consumers of its array shell waiting for
+  // tiles that nobody produces.
+  template <class ProblemShape>
+  static constexpr void check_problem_shape() {
+    static_assert(IsGroupedGemmKernel && !::sm12x::detail::is_array_problem_v<ProblemShape>,
+                  "sm12x: only grouped problems (GroupProblemShape, layouts as pointers) are "
+                  "supported, batched ones (ArrayProblemShape) are not");
+  }
 
   // The first `Count` entries of a fragment along one mode, in place.
   template <int Mode, int Count, class Engine, class Layout>

@@ -1,4 +1,4 @@
-/// The scale fusion of a grouped GEMM: D = m_scale * n_scale * acc (+ bias), per group.
+/// The scale fusions of a grouped GEMM: D = act(m_scale * n_scale * acc (+ bias)), per group.
 ///
 /// Each scale is one value or a vector, decided at run time group by group; it multiplies
 /// (dequantises). m_scale runs along the kernel's M side, n_scale along N; the bias runs along the
@@ -212,7 +212,16 @@ struct GroupScaledAcc : cutlass::epilogue::fusion::FusionOperation {
   static constexpr auto RoundStyle = RoundStyle_;
 };
 
-/// The same as a visitor tree, to build on.
+/// Fusion operation: D = activation(m_scale * n_scale * acc + bias), with an activation of
+/// cutlass::epilogue::thread such as SiLu, GELU or ReLu, computed in FP32.
+template <template <class> class ActivationFn_, class ElementOutput_, int BiasSide_ = kAlongN,
+          cutlass::FloatRoundStyle RoundStyle_ = cutlass::FloatRoundStyle::round_to_nearest>
+struct GroupScaledAccEltAct : GroupScaledAcc<ElementOutput_, BiasSide_, RoundStyle_> {
+  using ActivationFn = ActivationFn_<float>;
+  static constexpr bool IsEltActSupported = true;
+};
+
+/// GroupScaledAcc as a visitor tree, to build on.
 template <class ElementOutput, int BiasSide, cutlass::FloatRoundStyle RoundStyle>
 using GroupScaledAccTree = cutlass::epilogue::fusion::Sm90EVT<
     cutlass::epilogue::fusion::Sm90Compute<cutlass::homogeneous_multiply_add, ElementOutput, float,
@@ -221,6 +230,13 @@ using GroupScaledAccTree = cutlass::epilogue::fusion::Sm90EVT<
         cutlass::epilogue::fusion::Sm90Compute<cutlass::multiplies, float, float, RoundStyle>,
         GroupBroadcast<kAlongM, ScaleSource>, GroupBroadcast<kAlongN, ScaleSource>>,
     cutlass::epilogue::fusion::Sm90AccFetch, GroupBroadcast<BiasSide, BiasSource>>;
+
+/// GroupScaledAccEltAct as a visitor tree.
+template <template <class> class ActivationFn, class ElementOutput, int BiasSide,
+          cutlass::FloatRoundStyle RoundStyle>
+using GroupScaledAccEltActTree = cutlass::epilogue::fusion::Sm90EVT<
+    cutlass::epilogue::fusion::Sm90Compute<ActivationFn, ElementOutput, float, RoundStyle>,
+    GroupScaledAccTree<float, BiasSide, RoundStyle>>;
 
 }  // namespace sm12x::epilogue
 
@@ -249,6 +265,46 @@ struct FusionCallbacks<
           {},                      // acc
           bias,                    // bias
           {}                       // multiply-add
+      };
+    }
+  };
+
+  using Impl::Impl;
+};
+
+template <int StagesC, int StagesD, int FragmentSize, bool ReuseSmemC, bool DelayTmaStore,
+          int NumEpilogueWarpGroups, template <class> class ActivationFn, class ElementOutput,
+          int BiasSide, FloatRoundStyle RoundStyle, class CtaTileShapeMNK, class EpilogueTile>
+struct FusionCallbacks<
+    epilogue::Sm120PtrArrayTmaWarpSpecialized<StagesC, StagesD, FragmentSize, ReuseSmemC,
+                                              DelayTmaStore, NumEpilogueWarpGroups>,
+    ::sm12x::epilogue::GroupScaledAccEltAct<ActivationFn, ElementOutput, BiasSide, RoundStyle>,
+    CtaTileShapeMNK, EpilogueTile>
+    : ::sm12x::epilogue::GroupScaledAccEltActTree<ActivationFn, ElementOutput, BiasSide,
+                                                  RoundStyle> {
+  using Impl = ::sm12x::epilogue::GroupScaledAccEltActTree<ActivationFn, ElementOutput, BiasSide,
+                                                           RoundStyle>;
+  using Operation =
+      ::sm12x::epilogue::GroupScaledAccEltAct<ActivationFn, ElementOutput, BiasSide, RoundStyle>;
+
+  /// As GroupScaledAcc's, and the activation's own arguments where it has any.
+  struct Arguments {
+    ::sm12x::epilogue::ScaleSource::Arguments m_scale{};
+    ::sm12x::epilogue::ScaleSource::Arguments n_scale{};
+    ::sm12x::epilogue::BiasSource::Arguments bias{};
+    using ActivationArguments =
+        typename Sm90Compute<ActivationFn, ElementOutput, float, RoundStyle>::Arguments;
+    ActivationArguments activation{};
+
+    CUTLASS_HOST_DEVICE constexpr operator typename Impl::Arguments() const {
+      return {
+          {
+              {m_scale, n_scale, {}},  // m_scale * n_scale
+              {},                      // acc
+              bias,                    // bias
+              {}                       // multiply-add
+          },
+          activation  // activation
       };
     }
   };
