@@ -3,7 +3,8 @@
 tests/cuda/negative.toml with what must be refused.
 
     python cuda/tools/compile_tests.py --all              everything; records it in tests/cuda
-    python cuda/tools/compile_tests.py --name 'auto_*'    these (may be repeated; names as --list prints them)
+    python cuda/tools/compile_tests.py --name 'auto_*'    these (may be repeated, names of --list); with
+                                                          --again, put into the last record too
     python cuda/tools/compile_tests.py --changed-since REV --sample 4 --seconds 600
                                                           what must be refused, what changed since REV,
                                                           and a rotating sample, as far as 600 s go
@@ -42,7 +43,7 @@ from sm12x_build.header_compile import (
 )
 from sm12x_build.header_matrix import Matrix, load_matrix
 from sm12x_build.header_negatives import Negative, load_negatives
-from sm12x_build.header_report import result_of, write_result, write_summary
+from sm12x_build.header_report import result_of, updated, write_result, write_summary
 from sm12x_build.header_select import changed_units, choose, rotated
 from sm12x_build.toolchain import Toolchain, find_toolchain
 
@@ -152,6 +153,8 @@ def conclude(kind: str, outcomes: Sequence[Outcome], left: Sequence[str]) -> int
 
 def run(args: argparse.Namespace) -> int:
     """Do what the command line says; the exit status."""
+    if args.again and not args.name:
+        raise BuildError("--again goes with --name")
     matrix = load_matrix()
     cases = load_negatives(matrix)
     units = units_of(matrix)
@@ -190,6 +193,10 @@ def run(args: argparse.Namespace) -> int:
     if refused_left:
         print("the budget has to suffice for the forbidden programs", file=sys.stderr)
         failed += 1
+    if args.again and programs:
+        result = updated(programs, commit=_commit())
+        write_summary(result)
+        print(f"put into {write_result(result).name}")
     if args.all and (left or refused_left):
         print("not recorded: the budget cut the run short")
     elif args.all:
@@ -220,6 +227,9 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument(
         "--sample", type=int, default=0, metavar="N", help="N others, and one of every other kind"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="with --name: put the results into the last record"
     )
     parser.add_argument("--seed", type=int, help="where order and sample start (default: the day's number)")
     parser.add_argument("--seconds", type=float, metavar="BUDGET", help="start nothing that would end later")

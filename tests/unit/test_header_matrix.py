@@ -335,6 +335,32 @@ def test_wrong_code_is_caught(level: str, change: dict[str, Any], expected: str)
     assert expected in problems[0]
 
 
+def test_a_spill_per_tile_is_let_through_only_where_the_table_says_so() -> None:
+    flagged = dataclasses.replace(MIXED, tile_loop_spill=True)
+    spills = {**CODE, "local_in_mma_loops": 1, "spill_store_bytes": 12}
+    assert header_compile.code_problems(flagged, "sm_120a", "O2", spills) == []
+    [problem] = header_compile.code_problems(flagged, "sm_120a", "O2", CODE)
+    assert "nothing spills" in problem
+    [problem] = header_compile.code_problems(flagged, "sm_120a", "O2", {**spills, "local_in_main_loop": 1})
+    assert "in the main loop" in problem
+
+
+def test_a_program_compiled_again_takes_its_place_in_the_last_record(tmp_path: Path) -> None:
+    old = {"date": "2026-01-02", "instantiations": {"one": {"problems": ["bad"]}, "two": {"problems": []}}}
+    header_report.write_result(old, tmp_path)
+    outcome = header_compile.Outcome("one", [], {"stages": 3}, 4.0)
+    result = header_report.updated([outcome], commit="abc", folder=tmp_path)
+    assert result["instantiations"]["one"] == {
+        "stages": 3,
+        "seconds": 4.0,
+        "problems": [],
+        "compiled_again": "abc",
+    }
+    assert result["instantiations"]["two"] == {"problems": []}
+    with pytest.raises(BuildError, match="has no three"):
+        header_report.updated([dataclasses.replace(outcome, key="three")], commit="abc", folder=tmp_path)
+
+
 def test_spills_of_the_shell_are_let_pass_at_o3() -> None:
     for change in ({"local_in_mma_loops": 7, "spill_store_bytes": 128}, {"spill_store_bytes": 132}):
         assert header_compile.code_problems(MIXED, "sm_120a", "O3", {**CODE, **change}) == []

@@ -205,9 +205,12 @@ def code_problems(entry: Entry, target: str, level: str, code: dict[str, Any]) -
     if wrong or not code["mma"]:
         problems.append(f"the MMA is {code['mma']}, expected {wanted}")
     spilled = code["spill_store_bytes"]
+    strict = level == "O2" and not entry.tile_loop_spill
     if code["local_in_main_loop"]:
         problems.append(f"{code['local_in_main_loop']} local-memory instructions in the main loop")
-    elif code["local_in_mma_loops"] and (level == "O2" or spilled > SHELL_SPILL_BYTES):
+    elif level == "O2" and entry.tile_loop_spill and not code["local_in_mma_loops"]:
+        problems.append("the table says tile_loop_spill, and nothing spills")
+    elif code["local_in_mma_loops"] and (strict or spilled > SHELL_SPILL_BYTES):
         count = code["local_in_mma_loops"]
         problems.append(f"{count} local-memory instructions in loops with an MMA, {spilled} bytes spilled")
     return problems

@@ -112,6 +112,7 @@ class Entry:
     skip_empty_columns: bool = False
     stages: int | str = "auto_carveout"
     spare_stage: bool = False
+    tile_loop_spill: bool = False
     a: str = "e4m3"
     b: str = "e4m3"
     c: str = "void"
@@ -201,7 +202,7 @@ def _expected(name: str, value: Any) -> str:
         allowed = TARGETS if name == "targets" else CUTLASS_VERSIONS
         good = isinstance(value, tuple) and value and set(value) <= set(allowed)
         return "" if good else f"some of {list(allowed)}"
-    if name in ("skip_empty_columns", "spare_stage", "pointers"):
+    if name in ("skip_empty_columns", "spare_stage", "tile_loop_spill", "pointers"):
         return "" if isinstance(value, bool) else "true or false"
     if name == "name":
         good = isinstance(value, str) and value.replace("_", "").isalnum() and value == value.lower()

@@ -34,18 +34,33 @@ def result_of(
         "ptxas_levels": list(LEVELS),
         "seconds": round(seconds),
         "instantiations": {
-            outcome.key: {
-                **outcome.facts,
-                "seconds": round(outcome.seconds, 1),
-                "problems": outcome.problems,
-            }
-            for outcome in sorted(outcomes, key=lambda outcome: outcome.key)
+            outcome.key: _record(outcome) for outcome in sorted(outcomes, key=lambda outcome: outcome.key)
         },
         "refused": {
             outcome.key: {"seconds": round(outcome.seconds, 1), "problems": outcome.problems}
             for outcome in sorted(negatives, key=lambda outcome: outcome.key)
         },
     }
+
+
+def _record(outcome: Outcome) -> dict[str, Any]:
+    return {**outcome.facts, "seconds": round(outcome.seconds, 1), "problems": outcome.problems}
+
+
+def updated(outcomes: Sequence[Outcome], *, commit: str, folder: Path = RESULTS_DIR) -> dict[str, Any]:
+    """The last record with ``outcomes`` in place of what it says of them; each says at which commit.
+
+    Raises BuildError where there is no record, or none of an instantiation.
+    """
+    files = sorted(folder.glob("*_matrix.json"))
+    if not files:
+        raise BuildError(f"there is no record in {folder}: run --all first")
+    result: dict[str, Any] = json.loads(files[-1].read_text())
+    for outcome in outcomes:
+        if outcome.key not in result["instantiations"]:
+            raise BuildError(f"the last record has no {outcome.key}: run --all")
+        result["instantiations"][outcome.key] = {**_record(outcome), "compiled_again": commit}
+    return result
 
 
 def write_result(result: dict[str, Any], folder: Path = RESULTS_DIR) -> Path:
@@ -65,6 +80,7 @@ def summary(result: dict[str, Any]) -> str:
     records = result["instantiations"]
     measured = {key: record for key, record in records.items() if "O3" in record}
     failed = sorted(key for key, record in records.items() if record["problems"])
+    again = sorted(key for key, record in records.items() if "compiled_again" in record)
     refused = result["refused"]
     wrong = sorted(key for key, record in refused.items() if record["problems"])
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -74,7 +90,8 @@ def summary(result: dict[str, Any]) -> str:
     lines = [
         f"Run on {result['date']}, {result['commit']}, {tools}: {len(records) - len(failed)} of "
         f"{len(records)} compile and keep the rules, {len(refused) - len(wrong)} of {len(refused)} "
-        f"forbidden ones and controls end as they should, in {result['seconds']} s.",
+        f"forbidden ones and controls end as they should, in {result['seconds']} s."
+        + (f" Compiled again since, as the record says: {_listed(again)}." if again else ""),
         "",
         "| kind | programs | registers | shared memory | stages | spill stores, bytes (-O3 / -O2) "
         "| local memory in main loops (-O3 / -O2) | in loops over tiles (-O3 / -O2) |",
