@@ -1,0 +1,231 @@
+"""A CTA: shared memory, named barriers and mbarriers, and its warps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import Fault
+from .memory import OPAQUE, SHARED_BASE, UNWRITTEN, Array, Region
+from .warp import LANE_BITS, LANES, Split, Warp
+
+if TYPE_CHECKING:
+    from .grid import Grid
+
+NAMED_BARRIERS = 16
+_TX_LIMIT = (1 << 20) - 1
+_COUNT_LIMIT = (1 << 20) - 1
+
+
+class NamedBarrier:
+    """One of the 16 barriers of `bar` (PTX ISA, "bar"). `expected` is None while no thread has arrived."""
+
+    __slots__ = ("arrived", "counted", "expected", "generation", "queue", "reduction")
+
+    def __init__(self) -> None:
+        self.expected: int | None = None
+        self.counted = False  # whether the count was given, so that threads that end do not lower it
+        self.arrived = 0
+        self.generation = 0
+        self.queue: list[Split] = []
+        self.reduction: list[Any] = []
+
+
+class Mbarrier:
+    """An mbarrier object (PTX ISA, "mbarrier"): `pending` arrivals and `tx` transaction bytes until `phase`
+    ends.
+    """
+
+    __slots__ = ("address", "expected", "pending", "phase", "queue", "tx")
+
+    def __init__(self, address: int, count: int) -> None:
+        self.address, self.expected, self.pending = address, count, count
+        self.phase = 0
+        self.tx = 0
+        self.queue: list[Split] = []
+
+    def __str__(self) -> str:
+        left = f"{self.expected - self.pending} of {self.expected} arrivals"
+        tx = f", {self.tx} transaction bytes to come" if self.tx else ""
+        return f"the mbarrier at shared {self.address:#x} in phase {self.phase} ({left}{tx})"
+
+
+class Cta:
+    """CTA `index` of a grid, at `position` (x, y, z); `threads` of them, in warps of 32."""
+
+    def __init__(self, grid: Grid, index: int, position: tuple[int, int, int]) -> None:
+        self.grid, self.index, self.position = grid, index, position
+        program = grid.program
+        size = program.layout.dynamic_shared - SHARED_BASE + grid.shared_bytes
+        self.shared = Region(SHARED_BASE, size, "shared memory")
+        self.local: dict[int, Region] = {}  # by warp
+        self.barriers = [NamedBarrier() for _ in range(NAMED_BARRIERS)]
+        self.cluster_barrier = NamedBarrier()
+        self.mbarriers: dict[int, Mbarrier] = {}
+        self.map_cache: dict[int, bytes] = {}  # tensor maps as this CTA last saw them
+        self.in_flight = 0  # asynchronous operations that still touch the shared memory
+        self.threads = grid.block[0] * grid.block[1] * grid.block[2]
+        self.alive = self.threads
+        kinds = program.register_kinds
+        self.warps = [
+            Warp(self, at, LANES + 32 * at < self.threads, self._special(at), kinds)
+            for at in range(-(-self.threads // 32))
+        ]
+        self.running = len(self.warps)
+
+    def _special(self, warp: int) -> dict[str, Array]:
+        grid = self.grid
+        linear = (LANES + 32 * warp).astype(np.uint32)
+        x, y, _ = grid.block
+        found: dict[str, Array] = {
+            "%tid.x": linear % np.uint32(x),
+            "%tid.y": linear // np.uint32(x) % np.uint32(y),
+            "%tid.z": linear // np.uint32(x * y),
+            "%laneid": LANES.astype(np.uint32),
+            "%lanemask_eq": LANE_BITS,
+            "%lanemask_lt": LANE_BITS - np.uint32(1),
+            "%lanemask_le": LANE_BITS | (LANE_BITS - np.uint32(1)),
+            "%lanemask_gt": ~(LANE_BITS | (LANE_BITS - np.uint32(1))),
+            "%lanemask_ge": ~(LANE_BITS - np.uint32(1)),
+            "%is_explicit_cluster": np.zeros(32, bool),
+            "%gridid": np.full(32, grid.number, np.uint64),
+        }
+        size = self.shared.size
+        for axis, at in (("x", 0), ("y", 1), ("z", 2)):
+            found[f"%ntid.{axis}"] = _each(grid.block[at])
+            found[f"%nctaid.{axis}"] = found[f"%nclusterid.{axis}"] = _each(grid.size[at])
+            found[f"%ctaid.{axis}"] = found[f"%clusterid.{axis}"] = _each(self.position[at])
+            found[f"%cluster_ctaid.{axis}"] = _each(0)  # clusters of one
+            found[f"%cluster_nctaid.{axis}"] = _each(1)
+        for name, value in (
+            ("%warpid", warp),
+            ("%nwarpid", -(-self.threads // 32)),
+            ("%smid", self.index),
+            ("%nsmid", grid.size[0] * grid.size[1] * grid.size[2]),
+            ("%cluster_ctarank", 0),
+            ("%cluster_nctarank", 1),
+            ("%dynamic_smem_size", grid.shared_bytes),
+            ("%total_smem_size", size),
+            ("%aggr_smem_size", size),
+        ):
+            found[name] = _each(value)
+        return found
+
+    # Ends
+
+    def lanes_ended(self, warp: Warp) -> None:
+        """Lanes of `warp` have ended: barriers that wait for all threads expect fewer."""
+        self.alive = sum(w.alive_count for w in self.warps)
+        for barrier in self.barriers:
+            if barrier.expected is not None and not barrier.counted:
+                barrier.expected = self.barrier_count()
+                self.complete(barrier)
+        self.settle_cluster_barrier()
+        if warp.alive_count == 0:
+            self.running -= 1
+            if self.running == 0:
+                self._ended()
+
+    def _ended(self) -> None:
+        if self.in_flight:
+            raise Fault(
+                "exit", f"the CTA ends while {self.in_flight} asynchronous copies still use its shared memory"
+            )
+        for barrier in self.mbarriers.values():
+            if barrier.tx:
+                raise Fault("exit", f"the CTA ends with {barrier}")
+        self.grid.cta_ended(self)
+
+    def release(self) -> None:
+        """Give back what an ended CTA takes: its memory and its warps' registers."""
+        self.shared = Region(SHARED_BASE, 0, "shared memory of a CTA that has ended")
+        self.local.clear()
+        for warp in self.warps:
+            warp.registers.clear()
+
+    # Named barriers
+
+    def barrier_count(self) -> int:
+        """Threads that a barrier without a count waits for: those of warps that have not ended, in whole
+        warps.
+        """
+        return 32 * sum(w.alive_count > 0 for w in self.warps)
+
+    def complete(self, barrier: NamedBarrier) -> None:
+        """Let a barrier's threads go if all have arrived."""
+        if barrier.expected is None or barrier.arrived < barrier.expected:
+            return
+        barrier.expected, barrier.arrived, barrier.counted = None, 0, False
+        barrier.reduction = []  # those who leave keep the old one
+        barrier.generation += 1
+        self.grid.scheduler.wake(barrier.queue)
+
+    def settle_cluster_barrier(self) -> None:
+        """Let the threads at the cluster barrier go if all that have not ended have arrived."""
+        barrier = self.cluster_barrier
+        if barrier.arrived and barrier.arrived >= self.alive:
+            barrier.arrived = 0
+            barrier.generation += 1
+            self.grid.scheduler.wake(barrier.queue)
+
+    # mbarriers
+
+    def mbarrier(self, address: int) -> Mbarrier:
+        """The mbarrier at a shared address. Raises Fault where none has been initialised."""
+        found = self.mbarriers.get(address)
+        if found is None:
+            raise Fault("barrier", f"no mbarrier has been initialised at shared {address:#x}")
+        return found
+
+    def mbarrier_init(self, address: int, count: int) -> None:
+        if address % 8:
+            raise Fault("alignment", f"an mbarrier at shared {address:#x}, which is no multiple of 8")
+        if not 1 <= count <= _COUNT_LIMIT:
+            raise Fault("barrier", f"an mbarrier cannot expect {count} arrivals")
+        span = self.shared.span(address, 8, "mbarrier.init")
+        previous = self.mbarriers.get(address)
+        if previous is not None:
+            raise Fault("barrier", f"mbarrier.init of {previous}, which is valid and was not invalidated")
+        self.mbarriers[address] = Mbarrier(address, count)
+        self.shared.shadow[span] = OPAQUE
+        self.shared.has_opaque = True
+
+    def mbarrier_invalidate(self, address: int) -> None:
+        barrier = self.mbarrier(address)
+        if barrier.queue:
+            raise Fault("barrier", f"mbarrier.inval of {barrier} while threads wait for it")
+        del self.mbarriers[address]
+        self.shared.shadow[self.shared.span(address, 8, "mbarrier.inval")] = UNWRITTEN
+
+    def mbarrier_arrive(self, barrier: Mbarrier, count: int) -> None:
+        if count > barrier.pending:
+            raise Fault("barrier", f"{count} arrivals at {barrier}, which are more than it expects")
+        barrier.pending -= count
+        self._phase_end(barrier)
+
+    def mbarrier_expect(self, barrier: Mbarrier, size: int) -> None:
+        barrier.tx += size
+        self._check_tx(barrier)
+
+    def mbarrier_complete(self, barrier: Mbarrier, size: int) -> None:
+        barrier.tx -= size
+        self._check_tx(barrier)
+        self._phase_end(barrier)
+
+    @staticmethod
+    def _check_tx(barrier: Mbarrier) -> None:
+        if not -_TX_LIMIT <= barrier.tx <= _TX_LIMIT:
+            raise Fault(
+                "barrier", f"{barrier.tx} pending transaction bytes at {barrier}: at most 2^20-1 are allowed"
+            )
+
+    def _phase_end(self, barrier: Mbarrier) -> None:
+        if barrier.pending == 0 and barrier.tx == 0:
+            barrier.phase += 1
+            barrier.pending = barrier.expected
+            self.grid.scheduler.wake(barrier.queue)
+
+
+def _each(value: int) -> Array:
+    return np.full(32, value, np.uint32)

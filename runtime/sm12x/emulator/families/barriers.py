@@ -1,0 +1,170 @@
+"""Barriers of a CTA and memory fences (PTX ISA, "bar, barrier", "membar, fence")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..cta import NAMED_BARRIERS
+from ..emitter import Emitter
+from ..errors import Fault
+from ..memory import Array
+from ..ptx.ir import Instruction, Negated, Operand, Register
+from ..registry import instruction, unsupported
+from ..spaces import aligned, uniform
+from ..warp import Split, Wait, Warp
+
+_FENCES = {
+    *("acq_rel", "sc", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"),
+    *("mbarrier_init", "proxy", "alias", "async", "async.global", "async::generic", "sync_restrict"),
+    *(
+        "global",
+        "shared::cta",
+        "shared::cluster",
+        "sync_restrict::shared::cta",
+        "sync_restrict::shared::cluster",
+    ),
+}
+
+
+def _words(i: Instruction) -> tuple[str, bool, tuple[str, ...]]:
+    """The kind (sync, arrive, red), whether it is .aligned, what follows. `bar` is `barrier.aligned`."""
+    words = [word for word in i.opcode[1:] if word not in ("cta", "aligned")]
+    return words[0], i.opcode[0] == "bar" or i.has("aligned"), tuple(words[1:])
+
+
+def _arrive(w: Warp, s: Split, lanes: Array | None, barrier: int, count: int | None, is_aligned: bool) -> Any:
+    """Count the threads of a split in at a barrier; gives (barrier, generation that they belong to, its
+    results).
+    """
+    if not 0 <= barrier < NAMED_BARRIERS:
+        raise Fault("barrier", f"barrier {barrier}: there are {NAMED_BARRIERS}")
+    if count is not None and (count <= 0 or count % 32):
+        raise Fault("barrier", f"barrier {barrier} for {count} threads: expected a multiple of 32")
+    if is_aligned:
+        aligned(s, lanes)
+    executing = 32 if lanes is None else len(lanes)
+    found = w.cta.barriers[barrier]
+    expected = w.cta.barrier_count() if count is None else count
+    if found.expected is None:
+        found.expected, found.counted = expected, count is not None
+    elif found.expected != expected:
+        raise Fault(
+            "barrier",
+            f"barrier {barrier} for {expected} threads, where others wait at it for {found.expected}",
+        )
+    # Barriers count whole warps: lanes that have ended come with the warp's first lane that has not.
+    first = w.alive.argmax()
+    whole = executing == w.alive_count or (lanes is not None and first in lanes)
+    found.arrived += executing + (32 - w.alive_count if whole else 0)
+    if found.arrived > found.expected:
+        raise Fault("barrier", f"{found.arrived} threads at barrier {barrier}, which is for {found.expected}")
+    generation, results = found.generation, found.reduction
+    w.cta.complete(found)
+    return found, generation, results
+
+
+def _synchronise(is_aligned: bool) -> Callable[..., Any]:
+    def run(w: Warp, s: Split, lanes: Array | None, barrier: Array, count: Array | None = None) -> Any:
+        number = uniform(barrier, lanes, "the barrier")
+        if s.memo is None:
+            threads = None if count is None else uniform(count, lanes, "the number of threads")
+            found, generation, _ = _arrive(w, s, lanes, number, threads, is_aligned)
+            s.memo = generation
+        else:
+            found = w.cta.barriers[number]
+        if found.generation != s.memo:
+            s.memo = None
+            return None
+        return Wait(
+            "barrier",
+            found.queue,
+            lambda: f"barrier {number} ({found.arrived} of {found.expected} threads are there)",
+        )
+
+    return run
+
+
+def _arrive_only(is_aligned: bool) -> Callable[..., None]:
+    def run(w: Warp, s: Split, lanes: Array | None, barrier: Array, count: Array) -> None:
+        number = uniform(barrier, lanes, "the barrier")
+        _arrive(w, s, lanes, number, uniform(count, lanes, "the number of threads"), is_aligned)
+
+    return run
+
+
+def _reduce(is_aligned: bool, name: str) -> Callable[..., Any]:
+    """The predicate of every thread combined: a number (popc) or a predicate."""
+
+    def run(
+        w: Warp, s: Split, lanes: Array | None, barrier: Array, flags: Array, count: Array | None = None
+    ) -> Any:
+        number = uniform(barrier, lanes, "the barrier")
+        if s.memo is None:
+            threads = None if count is None else uniform(count, lanes, "the number of threads")
+            found = w.cta.barriers[number]
+            found.reduction.extend((flags if lanes is None else flags[lanes]).tolist())
+            s.memo = _arrive(w, s, lanes, number, threads, is_aligned)
+        found, generation, results = s.memo
+        if found.generation != generation:
+            s.memo = None
+            size = 32 if lanes is None else len(lanes)
+            if name == "popc":
+                return np.full(size, sum(results), np.uint32)
+            return np.full(size, all(results) if name == "and" else any(results))
+        return Wait(
+            "barrier",
+            found.queue,
+            lambda: f"barrier {number} ({found.arrived} of {found.expected} threads are there)",
+        )
+
+    return run
+
+
+@instruction("bar", "barrier", "bar.cta", "barrier.cta", blocks=True)
+def bar(i: Instruction, e: Emitter) -> None:
+    kind, is_aligned, rest = _words(i)
+    operands = list(i.operands)
+    if kind == "sync" and not rest and len(operands) in (1, 2):
+        e.wait_call(_synchronise(is_aligned), *(e.value(operand, "u32").u for operand in operands))
+    elif kind == "arrive" and not rest and len(operands) == 2:
+        e.call(_arrive_only(is_aligned), *(e.value(operand, "u32").u for operand in operands))
+    elif kind == "red" and rest in (("popc", "u32"), ("and", "pred"), ("or", "pred")):
+        _emit_reduction(i, e, operands, is_aligned, rest)
+    else:
+        raise unsupported(i)
+
+
+def _emit_reduction(
+    i: Instruction, e: Emitter, operands: list[Operand], is_aligned: bool, rest: tuple[str, ...]
+) -> None:
+    d, barrier, *others = operands
+    flag = others.pop()
+    if not isinstance(flag, (Register, Negated)):
+        raise unsupported(i)
+    lanes = e.lanes()
+    arguments = [e.value(barrier, "u32").u, e.value(flag, "pred").u, *(e.value(o, "u32").u for o in others)]
+    found = e.wait_call(_reduce(is_aligned, rest[0]), *arguments)
+    e.put(d, rest[1], found, lanes)
+
+
+@instruction("fence", "membar", yields=True)
+def fence(i: Instruction, e: Emitter) -> None:
+    """Memory is sequentially consistent, and both proxies see it: only tensor maps are ever seen late."""
+    words = i.opcode[1:]
+    if words[:2] == ("proxy", "tensormap::generic"):
+        if "acquire" in words:
+            e.call(_acquire_map, e.address(i.operands[0]))
+        elif "release" not in words:
+            raise unsupported(i)
+        return
+    extra = [word for word in words if word not in _FENCES]
+    if extra:
+        raise unsupported(i, f"modifier .{extra[0]}")
+
+
+def _acquire_map(w: Warp, _s: Split, lanes: Array | None, address: Array) -> None:
+    for at in np.unique(address if lanes is None else address[lanes]).tolist():
+        w.cta.map_cache.pop(at, None)

@@ -1,0 +1,74 @@
+"""A grid: the CTAs of one launch, alive at once, or a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .cta import Cta
+from .memory import GlobalMemory, Region
+from .scheduler import Scheduler
+from .warp import Split
+
+if TYPE_CHECKING:
+    from .compiler import Program
+
+
+class Grid:
+    """`size` CTAs of `block` threads, with `shared_bytes` of dynamic shared memory and one block of
+    parameters.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        memory: GlobalMemory,
+        size: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        parameters: bytes,
+        *,
+        seed: int,
+        limit: int,
+        number: int,
+        resident: int | None = None,
+    ) -> None:
+        self.program, self.memory, self.size, self.block = program, memory, size, block
+        self.shared_bytes, self.number = shared_bytes, number
+        self.parameters = Region(0, max(len(parameters), 1), "kernel parameters", read_only=True)
+        self.parameters.data[: len(parameters)] = np.frombuffer(parameters, np.uint8)
+        self.parameters.shadow[:] = 0
+        self.constants: Region = program.constants
+        self.scheduler = Scheduler(self, seed, limit)
+        x, y, z = size
+        self._waiting = ((i, j, k) for k in range(z) for j in range(y) for i in range(x))
+        self.outside = x * y * z  # CTAs that have not been let in
+        self.running = 0
+        self.ctas: list[Cta] = []
+        for _ in range(min(resident or self.outside, self.outside)):
+            self._admit()
+
+    def _admit(self) -> None:
+        """Let in the next CTA."""
+        cta = Cta(self, len(self.ctas), next(self._waiting))
+        self.ctas.append(cta)
+        self.outside -= 1
+        self.running += 1
+        for warp in cta.warps:
+            for split in warp.splits:
+                self.scheduler.add(split)
+
+    def cta_ended(self, cta: Cta) -> None:
+        """A CTA has ended, which makes room for another."""
+        cta.release()
+        self.running -= 1
+        if self.outside:
+            self._admit()
+
+    def splits(self) -> Iterator[Split]:
+        """Every split that runs or waits."""
+        for cta in self.ctas:
+            for warp in cta.warps:
+                yield from warp.splits

@@ -1,0 +1,183 @@
+"""Loading PTX and launching its kernels: what the driver layer stands on.
+
+memory = GlobalMemory()
+module = load(ptx_text, memory)
+launch(module.kernel("name"), grid=(4, 1, 1), block=(384, 1, 1), shared_bytes=0, parameters=bytes(struct),
+memory=memory)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .compiler import Program
+from .errors import EmulatorError
+from .grid import Grid
+from .layout import lay_out
+from .memory import GlobalMemory, Region
+from .ptx import parse
+from .ptx.ir import TYPE_BITS, Immediate, Kernel, Module, Symbol, Variable
+
+SHARED_LIMIT = 101_376  # bytes a block may have on SM120 (DESIGN section 2)
+THREADS_LIMIT = 1024
+SEGMENT_LIMIT = 200_000_000
+_numbers = itertools.count(1)
+
+
+@dataclass(slots=True)
+class LoadedModule:
+    """A PTX module whose global and constant variables have addresses. Kernels are compiled when first asked
+    for.
+    """
+
+    ir: Module
+    addresses: dict[str, int]
+    constants: Region
+    truncate_bits: int | None = None
+    _programs: dict[str, Program] = field(default_factory=dict)
+
+    def kernel(self, name: str) -> Program:
+        """The kernel of that name. Raises EmulatorError where there is none, or it uses what is not
+        implemented.
+        """
+        if name not in self._programs:
+            if name not in self.ir.kernels:
+                raise EmulatorError(
+                    f"there is no kernel {name!r}: there are {', '.join(self.ir.kernels) or 'none'}"
+                )
+            kernel = self.ir.kernels[name]
+            layout = lay_out(kernel, self.ir.variables, self.addresses)
+            self._programs[name] = Program(kernel, layout, self.constants, self.truncate_bits)
+        return self._programs[name]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchResult:
+    """What a launch did: `segments` of the program run, asynchronous `operations` completed."""
+
+    segments: int
+    operations: int
+
+
+def load(text: str, memory: GlobalMemory, *, truncate_bits: int | None = None) -> LoadedModule:
+    """Parse PTX and give its global variables memory. With `truncate_bits`, MMAs with FP32 accumulators cut
+    their sums to so many significant bits, as hardware is reported to with 22; without, they are rounded
+    once.
+
+    Raises EmulatorError where the text cannot be read.
+    """
+    module = parse(text)
+    addresses: dict[str, int] = {}
+    constant_bytes = 0
+    for variable in module.variables.values():
+        if variable.space == "global" and not variable.extern:
+            addresses[variable.name] = memory.allocate(max(variable.size, 1), variable.name)
+        elif variable.space == "const":
+            constant_bytes = -(-constant_bytes // variable.align) * variable.align
+            addresses[variable.name] = constant_bytes
+            constant_bytes += variable.size
+    constants = Region(0, max(constant_bytes, 1), "constant memory", read_only=True)
+    constants.shadow[:] = 0
+    for variable in module.variables.values():
+        if variable.name not in addresses:
+            continue
+        content = _initial(variable, addresses)
+        if variable.space == "global":
+            memory.write(addresses[variable.name], content)
+        else:
+            start = addresses[variable.name]
+            constants.data[start : start + variable.size] = np.frombuffer(content, np.uint8)
+    return LoadedModule(module, addresses, constants, truncate_bits)
+
+
+def _initial(variable: Variable, addresses: dict[str, int]) -> bytes:
+    """The first content of a variable: its initialiser, and zeros for the rest."""
+    width = max(1, TYPE_BITS[variable.type] // 8)
+    content = bytearray()
+    for value in variable.initial or ():
+        if isinstance(value, Symbol):
+            if value.name not in addresses:
+                raise EmulatorError(f"{variable.name} is initialised with {value.name}, which has no address")
+            content += (addresses[value.name] + value.offset).to_bytes(8, "little")
+        else:
+            content += _pattern(value, variable, width)
+    return bytes(content.ljust(variable.size, b"\0"))
+
+
+def _pattern(value: Immediate, variable: Variable, width: int) -> bytes:
+    if variable.type == "f32" and value.bits == 64:
+        number = np.array([value.value], np.uint64).view(np.float64).astype(np.float32)
+        return number.tobytes()
+    return (value.value & (1 << 8 * width) - 1).to_bytes(width, "little")
+
+
+def launch(
+    program: Program,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    shared_bytes: int,
+    parameters: bytes,
+    *,
+    memory: GlobalMemory,
+    seed: int = 0,
+    segment_limit: int = SEGMENT_LIMIT,
+    resident: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> LaunchResult:
+    """Run a kernel to its end.
+
+    `parameters` are the bytes of the kernel's parameters, in PTX's layout; at least as many as it declares.
+    `seed` chooses how warps interleave and when asynchronous operations complete. `progress` is called now
+    and then with the segments that have run.
+
+    Raises ValueError for a launch that CUDA would refuse, and EmulatorError where the kernel breaks a rule.
+    """
+    kernel = program.kernel
+    for name, sizes in (("grid", grid), ("block", block)):
+        if len(sizes) != 3 or min(sizes) < 1:
+            raise ValueError(f"{name}: expected three sizes of at least 1, got {sizes}")
+    _check_block(kernel, block)
+    total = program.layout.dynamic_shared - 1024 + shared_bytes
+    if shared_bytes < 0 or total > SHARED_LIMIT:
+        raise ValueError(
+            f"shared_bytes: expected at most {SHARED_LIMIT} bytes with the kernel's own, got {total}"
+        )
+    if len(parameters) < program.layout.parameter_bytes:
+        raise ValueError(
+            f"parameters: expected {program.layout.parameter_bytes} bytes for {kernel.name}, "
+            f"got {len(parameters)}"
+        )
+    state = Grid(
+        program,
+        memory,
+        grid,
+        block,
+        shared_bytes,
+        parameters[: program.layout.parameter_bytes],
+        seed=seed,
+        limit=segment_limit,
+        number=next(_numbers),
+        resident=resident,
+    )
+    with np.errstate(all="ignore"):
+        if progress is not None:
+            state.scheduler.watch(progress)
+        state.scheduler.run()
+    return LaunchResult(state.scheduler.steps, state.scheduler.completed)
+
+
+def _check_block(kernel: Kernel, block: tuple[int, int, int]) -> None:
+    threads = block[0] * block[1] * block[2]
+    if threads > THREADS_LIMIT or block[2] > 64:
+        raise ValueError(f"block: expected at most {THREADS_LIMIT} threads, 64 in z, got {block}")
+    for name, exact in (("reqntid", True), ("maxntid", False)):
+        sizes = kernel.directives.get(name)
+        if sizes is None:
+            continue
+        allowed = int(np.prod(sizes))
+        if threads > allowed or (exact and block != (*sizes, 1, 1)[:3]):
+            raise ValueError(f"block: {kernel.name} has .{name} {sizes}, got {block}")

@@ -1,0 +1,198 @@
+"""Which warp runs next, and when asynchronous operations complete: both chosen by a seed.
+
+Splits run in bursts of segments in random order. Asynchronous operations complete as late as possible: when
+nothing else can run, or when what runs seems only to poll; some seeds let a few complete early.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from .errors import EmulatorError, Violation
+from .warp import Split, Wait, arrive
+
+if TYPE_CHECKING:
+    from .grid import Grid
+
+# Segments run while asynchronous operations are pending, for each split that is ready, before one completes
+# although somebody could still run: it may be polling for just that.
+_PATIENCE = 400
+# Segments between two calls of whoever watches.
+_WATCHED = 1000
+
+
+class Operation(Protocol):
+    """Something asynchronous. `step` does a part of it and says whether more is left."""
+
+    def step(self) -> bool: ...
+
+
+def _oldest(_count: int) -> int:
+    return 0
+
+
+def _newest(count: int) -> int:
+    return count - 1
+
+
+class Scheduler:
+    """Runs the splits of a grid. `limit`: the number of segments after which a grid counts as endless."""
+
+    def __init__(self, grid: Grid, seed: int, limit: int) -> None:
+        self.random = random.Random(seed)
+        self.steps = 0
+        self.completed = 0  # asynchronous operations
+        self.limit = limit
+        self._pause = limit  # segments after which `run` looks up
+        self._watcher: Callable[[int], None] | None = None
+        self._grid = grid
+        self._ready: list[Split] = []
+        self._operations: list[Operation] = []
+        self._restless = 0
+        # What differs from seed to seed: how long a split runs before another gets its turn, which of the
+        # pending operations completes, and how many do early. Any few seeds in a row cover them.
+        self._burst = (32, 1, 256, 4)[seed % 4]
+        self._choose: Callable[[int], int] = (_newest, _oldest, self.random.randrange)[seed % 3]
+        self._eager = (0.0, 0.0, 0.02, 0.2)[seed // 3 % 4]
+
+    def add(self, split: Split) -> None:
+        """A split can run."""
+        split.position = len(self._ready)
+        self._ready.append(split)
+
+    def _remove(self, split: Split) -> None:
+        last = self._ready.pop()
+        if last is not split:
+            self._ready[split.position] = last
+            last.position = split.position
+        split.position = -1
+
+    def wake(self, queue: list[Split]) -> None:
+        """What the splits in `queue` wait for may have come: they run their instruction again."""
+        for split in queue:
+            split.wait = None
+            self.add(split)
+        queue.clear()
+
+    def chance(self, of: int) -> bool:
+        """True once in so many times, on average."""
+        return self.random.randrange(of) == 0
+
+    def submit(self, operation: Operation) -> None:
+        """An asynchronous operation has been issued."""
+        self._operations.append(operation)
+
+    def run(self) -> None:
+        """Run until every lane has ended and every operation has completed.
+
+        Raises EmulatorError where a kernel breaks a rule, or nothing can run any more (deadlock), or too much
+        ran.
+        """
+        ready, randrange = self._ready, self.random.randrange
+        while True:
+            while ready:
+                split = ready[randrange(len(ready))]
+                self._burst_of(split)
+                if self._operations:
+                    self._restless += 1
+                    if self._restless * self._burst > _PATIENCE * (len(ready) + 1) or (
+                        self._eager and self.random.random() < self._eager
+                    ):
+                        self._complete_one()
+                if self.steps > self._pause:
+                    self._look_up()
+            if self._operations:
+                self._complete_one()
+            elif self._grid.running:
+                raise self._stuck("deadlock", "no warp can run and nothing is pending")
+            else:
+                return
+
+    def watch(self, watcher: Callable[[int], None]) -> None:
+        """Have `watcher` called now and then with the number of segments that have run."""
+        self._watcher = watcher
+        self._pause = min(self.limit, self.steps + _WATCHED)
+
+    def _look_up(self) -> None:
+        if self.steps > self.limit:
+            raise self._stuck("livelock", f"{self.steps} segments have run, which is the limit")
+        if self._watcher is not None:
+            self._watcher(self.steps)
+        self._pause = min(self.limit, self.steps + _WATCHED)
+
+    def _complete_one(self) -> None:
+        at = self._choose(len(self._operations))
+        self._restless = 0
+        self.completed += 1
+        if not self._operations[at].step():
+            del self._operations[at]
+
+    def _burst_of(self, split: Split) -> None:
+        program = self._grid.program
+        full, masked = program.full, program.masked
+        warp = split.warp
+        registers = warp.registers
+        left = self._burst
+        try:
+            while left:
+                left -= 1
+                self.steps += 1
+                result = (full if split.full else masked)[split.pc](warp, registers, split)
+                if result.__class__ is int:
+                    if result < 0:
+                        self._remove(split)
+                        return
+                    split.pc = result
+                    if result == split.meet:
+                        self._remove(split)
+                        arrive(split)
+                        return
+                else:
+                    split.wait = result
+                    result.queue.append(split)
+                    self._remove(split)
+                    return
+        except Exception as error:
+            raise program.blame(error, split) from error
+
+    def _stuck(self, kind: str, message: str) -> EmulatorError:
+        """The report of who waits for what."""
+        program = self._grid.program
+        lines = []
+        if any(split.wait is not None and split.wait.kind == "aligned" for split in self._grid.splits()):
+            kind = "divergence"
+        parked: set[Split] = set()
+        for split in self._grid.splits():
+            parked.update(_parents(split))
+            instruction = program.instruction_at(split.pc)
+            wait: Wait | None = split.wait
+            doing = f"waits for {wait.why()}" if wait is not None else "runs"
+            where = f"CTA {split.warp.cta.index} warp {split.warp.index} ({split.count} lanes)"
+            if instruction is not None:
+                lines.append(f"  {where} {doing} at PTX line {instruction.line}: {instruction.text}")
+            else:
+                lines.append(f"  {where} {doing}")
+        for parent in parked:
+            meeting = program.instruction_at(parent.pc) if parent.pc >= 0 else None
+            count = int(parent.arrived.sum())
+            if meeting is not None and count:
+                where = f"CTA {parent.warp.cta.index} warp {parent.warp.index} ({count} lanes)"
+                before = f"PTX line {meeting.line}: {meeting.text}"
+                lines.append(f"  {where} waits for its other lanes before {before}")
+        shown = lines[:64] + ([f"  and {len(lines) - 64} more"] if len(lines) > 64 else [])
+        if self._grid.outside:
+            shown.append(f"  and {self._grid.outside} CTAs have not been let in")
+        text = "\n".join([message, *shown])
+        return EmulatorError(text, violation=Violation(kind, text))
+
+
+def _parents(split: Split) -> list[Split]:
+    """The splits that wait, directly or not, for a split to meet them."""
+    found = []
+    parent = split.parent
+    while parent is not None:
+        found.append(parent)
+        parent = parent.parent
+    return found
