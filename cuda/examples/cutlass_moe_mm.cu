@@ -70,6 +70,7 @@ struct Tile {
   using Kernel =
       cutlass::gemm::kernel::GemmUniversal<ProblemShape, CollectiveMainloop, CollectiveEpilogue>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  static_assert(sm12x::fits_v<Kernel>);
 };
 
 using PlainTile = Tile<false, Shape<_128, _128, _128>, sm12x::KernelPtrArrayCooperative<>>;

@@ -46,6 +46,7 @@ using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
 
 using Kernel = cutlass::gemm::kernel::GemmUniversal<ProblemShape, Mainloop, Epilogue>;
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+static_assert(sm12x::fits_v<Kernel>);
 
 void check(cudaError_t status, char const* what) {
   if (status != cudaSuccess) {

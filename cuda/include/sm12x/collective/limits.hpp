@@ -52,3 +52,14 @@ struct AccumulatorLimit {
 };
 
 }  // namespace sm12x::detail
+
+namespace sm12x {
+
+/// True where a block of the kernel fits into the shared memory of SM12x, else an error with the
+/// bytes: static_assert(sm12x::fits_v<Kernel>). With StageCount<k>, and with StageCountAuto beside an
+/// epilogue tile of the caller's own, no builder sees both main loop and epilogue.
+template <class Kernel>
+inline constexpr bool fits_v =
+    detail::SharedMemoryLimit<int(Kernel::SharedStorageSize), detail::kSharedMemoryBytes>::kHolds;
+
+}  // namespace sm12x

@@ -53,7 +53,7 @@ constexpr int carveout_of(cutlass::gemm::collective::StageCount<Stages>) {
 }
 template <int Carveout>
 constexpr int carveout_of(cutlass::gemm::collective::StageCountAutoCarveout<Carveout>) {
-  return Carveout;
+  return Carveout == 0 ? kDefaultEpilogueBytes : Carveout;
 }
 
 template <class Element>

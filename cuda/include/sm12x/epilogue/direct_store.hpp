@@ -49,13 +49,23 @@ struct NeedsTmaEpilogue<cutlass::epilogue::fusion::Sm90TreeVisitor<Node, Childre
       NeedsTmaEpilogue<Node>::value || (false || ... || NeedsTmaEpilogue<Children>::value);
 };
 
+template <class... Trees>
+struct NeedsTmaEpilogue<cutlass::epilogue::fusion::Sm90SplitTreeVisitor<Trees...>> {
+  static constexpr bool value = (false || ... || NeedsTmaEpilogue<Trees>::value);
+};
+template <class ElementCompute, class Edges, class... Nodes>
+struct NeedsTmaEpilogue<
+    cutlass::epilogue::fusion::Sm90TopologicalVisitor<ElementCompute, Edges, Nodes...>> {
+  static constexpr bool value = (false || ... || NeedsTmaEpilogue<Nodes>::value);
+};
+
 template <class Operation,
           bool = cute::is_base_of_v<cutlass::epilogue::fusion::FusionOperation, Operation>>
 struct OperationNeedsTmaEpilogue : NeedsTmaEpilogue<Operation> {};
 template <class Operation>
 struct OperationNeedsTmaEpilogue<Operation, true> {
-  static constexpr bool value =
-      Operation::IsAuxOutSupported || Operation::IsAuxInSupported || Operation::IsAbsMaxSupported;
+  static constexpr bool value = Operation::IsAuxOutSupported || Operation::IsAuxInSupported ||
+                                Operation::IsAbsMaxSupported || Operation::IsBlockScaleSupported;
 };
 
 }  // namespace detail
@@ -167,8 +177,22 @@ class DirectStore {
         implementable = implementable && FusionCallbacks::can_implement(shape, args.thread);
       }
     }
+    if (cute::is_void_v<ElementC> || args.ptr_C == nullptr) {
+      // As CUTLASS's epilogues: a beta without a C to multiply.
+      namespace upstream = cutlass::epilogue::collective::detail;
+      if constexpr (upstream::has_beta<Arguments>::value) {
+        implementable = implementable && args.thread.beta == 0;
+      }
+      if constexpr (upstream::has_beta_ptr<Arguments>::value) {
+        implementable = implementable && args.thread.beta_ptr == nullptr;
+      }
+      if constexpr (upstream::has_beta_ptr_array<Arguments>::value) {
+        implementable = implementable && args.thread.beta_ptr_array == nullptr;
+      }
+    }
     if (!implementable) {
-      CUTLASS_TRACE_HOST("  CAN IMPLEMENT: the fusion refuses these arguments.\n");
+      CUTLASS_TRACE_HOST(
+          "  CAN IMPLEMENT: the fusion refuses these arguments, or beta has no C.\n");
     }
     return implementable;
   }
@@ -268,6 +292,7 @@ class DirectStore {
         make_layout(take<0, 3>(shape(partition(make_identity_tensor(take<0, 2>(CtaTileMNK{}))))));
     using Source = cute::conditional_t<kHasC, NonVoidC, ElementD>;
     Tensor tRrC = make_tensor<Source>(subtile_layout);  // (CPY,CPY_M,CPY_N)
+    clear(tRrC);
 
     auto store_args = cutlass::epilogue::fusion::detail::ConsumerStoreArgs{problem_shape_mnkl,
                                                                            CtaTileMNK{},

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cute/tensor.hpp>
+#include <cutlass/arch/barrier.h>
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/dispatch_policy.hpp>
@@ -73,8 +74,9 @@ class DrainedSource : public Base {
     }
     while (state.count() != next.count()) {
       // A producer's state begins in the other phase than a consumer's. Waiting for the producer's
-      // would wait for the load after this one, which only this warp could issue.
-      pipeline.consumer_wait({state.index(), state.phase() ^ 1, state.count()});
+      // would wait for the load after this one, which only this warp could issue. The barrier itself:
+      // without NDEBUG the pipeline's own wait traps in a producer warp.
+      cutlass::arch::ClusterBarrier::wait(pipeline.producer_get_barrier(state), state.phase() ^ 1);
       ++state;
     }
     return next;
@@ -107,6 +109,10 @@ struct CollectiveBuilder<arch::Sm120, OpClass, TileShape_MNK, ClusterShape_MNK, 
                           EpilogueTileType>;
   using StrideD = cute::remove_pointer_t<cutlass::detail::TagToStrideC_t<GmemLayoutTagD>>;
   using StoredTile = ::sm12x::epilogue::detail::ResolvedTile<EpilogueTileType, TileShape_MNK>;
+  static_assert(::sm12x::epilogue::detail::is_narrow_v<TileShape_MNK> ||
+                    (::sm12x::epilogue::detail::extent_v<StoredTile, 0> % 64 == 0 &&
+                     ::sm12x::epilogue::detail::extent_v<StoredTile, 1> % 32 == 0),
+                "sm12x: an epilogue tile must be a multiple of 64x32, to hold whole MMA tiles");
   static_assert(
       cute::size<cutlass::detail::is_major<0>(StrideD{}) ? 0 : 1>(StoredTile{}) *
               cute::sizeof_bits_v<ElementD> >=
