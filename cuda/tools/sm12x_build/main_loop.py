@@ -8,7 +8,7 @@ from typing import Any
 
 from . import BuildError
 from .header_matrix import Entry
-from .sass import Instruction, Kernel, _components
+from .sass import Instruction, Kernel, loops_among
 
 _MMA_M, _MMA_N, _MMA_K = 16, 8, 32
 
@@ -27,8 +27,8 @@ def innermost_mma_loops(kernel: Kernel, *, with_waits: bool = False) -> list[lis
     """The loops with MMAs that hold no smaller loop with MMAs. Smaller loops in them are retries of waits and
     are left out unless ``with_waits``.
     """
-    successors = kernel._successors()
-    waiting = _loops(set(range(len(successors))), successors)
+    successors = kernel.successors()
+    waiting = loops_among(set(range(len(successors))), successors)
     found = []
     while waiting:
         loop = waiting.pop()
@@ -43,16 +43,6 @@ def innermost_mma_loops(kernel: Kernel, *, with_waits: bool = False) -> list[lis
     return sorted(found, key=lambda loop: loop[0].address)
 
 
-def _loops(nodes: set[int], successors: list[set[int]]) -> list[set[int]]:
-    """The loops among ``nodes``: strongly connected components that can be gone round."""
-    inside = [successors[node] & nodes if node in nodes else set() for node in range(len(successors))]
-    return [
-        component
-        for component in _components(inside)
-        if len(component) > 1 or next(iter(component)) in inside[next(iter(component))]
-    ]
-
-
 def _loops_inside(loop: set[int], successors: list[set[int]]) -> list[set[int]]:
     """The loops left once the edges back to where ``loop`` is entered are cut."""
     heads = {
@@ -64,7 +54,7 @@ def _loops_inside(loop: set[int], successors: list[set[int]]) -> list[set[int]]:
     }
     heads = heads or {min(loop)}
     cut = [targets - heads if node in loop else targets for node, targets in enumerate(successors)]
-    return _loops(loop, cut)
+    return loops_among(loop, cut)
 
 
 def mma_per_k_tile(entry: Entry) -> int:

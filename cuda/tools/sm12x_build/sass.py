@@ -70,12 +70,11 @@ class Kernel:
 
     def loops(self) -> list[list[Instruction]]:
         """The instructions of every loop, functions that it calls included, in order of address."""
-        successors = self._successors()
+        successors = self.successors()
         found = []
-        for component in _components(successors):
-            if len(component) > 1 or next(iter(component)) in successors[next(iter(component))]:
-                members = self._with_callees(component, successors)
-                found.append([self.instructions[index] for index in sorted(members)])
+        for component in loops_among(set(range(len(successors))), successors):
+            members = self._with_callees(component, successors)
+            found.append([self.instructions[index] for index in sorted(members)])
         return sorted(found, key=lambda loop: loop[0].address)
 
     def _targets(self, index: int) -> list[int]:
@@ -89,7 +88,7 @@ class Kernel:
             raise BuildError(f"{self.name}: where does this go? {instruction}")
         return [self.labels[name] for name in names]
 
-    def _successors(self) -> list[set[int]]:
+    def successors(self) -> list[set[int]]:
         """Control flow, instruction by instruction. A call goes to the instruction after it."""
         count = len(self.instructions)
         successors: list[set[int]] = [set() for _ in range(count)]
@@ -153,6 +152,16 @@ class Kernel:
                     if self.instructions[index].name in _CALLS:
                         calls.append(index)
         return members
+
+
+def loops_among(nodes: set[int], successors: list[set[int]]) -> list[set[int]]:
+    """The loops among ``nodes``: strongly connected components that can be gone round."""
+    inside = [successors[node] & nodes if node in nodes else set() for node in range(len(successors))]
+    return [
+        component
+        for component in _components(inside)
+        if len(component) > 1 or next(iter(component)) in inside[next(iter(component))]
+    ]
 
 
 def _components(successors: list[set[int]]) -> list[set[int]]:
