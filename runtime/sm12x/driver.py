@@ -26,6 +26,8 @@ ARCHITECTURES = {(12, 0): "sm_120a", (12, 1): "sm_121a", (9, 0): "sm_90a"}
 # Oldest driver that loads the cubins of a CUDA major: cuDriverGetVersion and the release that has it.
 OLDEST_DRIVER = {"cu12": (12080, "12.8", "570"), "cu13": (13000, "13.0", "580")}
 NOT_INITIALIZED = 3
+# Ordinals from here on are devices of the emulator, none of them CUDA's.
+EMULATED = 1 << 16
 # Statuses of work that was launched earlier, by anybody, and failed since.
 STICKY = {700, 702, 709, 714, 715, 716, 717, 718, 719}
 
@@ -39,15 +41,43 @@ _HOT = (
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """An initialised driver. `bindings` is cuda.bindings.driver; `version` is cuDriverGetVersion's.
+    """An initialised driver. `bindings` is cuda.bindings.driver; `version` is cuDriverGetVersion's. `major`
+    names the cubins that it takes, None for those of this installation's CUDA.
 
     The functions in `hot` are called without argument types, which halves their cost: addresses and handles
     must be passed as c_void_p, or they are cut to 32 bits.
+
+    The emulator is another one of these: `sm12x.emulator.driver`.
     """
 
     bindings: Any
     version: int
     hot: Any
+    major: str | None = None
+
+    def call(self, name: str, *arguments: Any, variant: str | None = None) -> Any:
+        """Call `bindings.<name>` and return its result: None for none, a tuple for several.
+
+        Raises CudaError, which names `variant`.
+        """
+        status, *values = getattr(self.bindings, name)(*arguments)
+        if int(status):
+            raise self.error(name, int(status), variant=variant)
+        return values[0] if len(values) == 1 else tuple(values) if values else None
+
+    def error(
+        self, call: str, code: int, *, variant: str | None = None, shapes: str | None = None
+    ) -> CudaError:
+        """The error for a status other than 0 that driver function `call` returned."""
+        name, text = _describe(self.bindings, code)
+        message = f"{call} failed with {name} ({code}): {text}"
+        if variant is not None:
+            message += f"; variant {variant}"
+        if shapes is not None:
+            message += f"; {shapes}"
+        if code in STICKY:
+            message += "; work launched earlier in this process, by sm12x or not, may be what failed"
+        return CudaError(message, call=call, name=name, code=code, text=text, variant=variant, shapes=shapes)
 
 
 @dataclass(slots=True)
@@ -61,6 +91,7 @@ class Device:
     major: str
     sm_count: int
     context: int
+    driver: Driver
     functions: dict[str, int] = field(default_factory=dict)
     prototypes: dict[str, bytes] = field(default_factory=dict)
 
@@ -166,32 +197,14 @@ def _describe(bindings: Any, code: int) -> tuple[str, str]:
     return name, text
 
 
-def cuda_error(call: str, code: int, *, variant: str | None = None, shapes: str | None = None) -> CudaError:
+def cuda_error(call: str, code: int) -> CudaError:
     """The error for a status other than 0 that driver function `call` returned."""
-    name, text = _describe(get_driver().bindings, code)
-    message = f"{call} failed with {name} ({code}): {text}"
-    if variant is not None:
-        message += f"; variant {variant}"
-    if shapes is not None:
-        message += f"; {shapes}"
-    if code in STICKY:
-        message += "; work launched earlier in this process, by sm12x or not, may be what failed"
-    return CudaError(message, call=call, name=name, code=code, text=text, variant=variant, shapes=shapes)
+    return get_driver().error(call, code)
 
 
-def call(name: str, *arguments: Any, variant: str | None = None) -> Any:
-    """Call `cuda.bindings.driver.<name>` and return its result: None for none, a tuple for several.
-
-    Raises CudaError, which names `variant`.
-    """
-    status, *values = getattr(get_driver().bindings, name)(*arguments)
-    if int(status):
-        raise cuda_error(name, int(status), variant=variant)
-    return values[0] if len(values) == 1 else tuple(values) if values else None
-
-
-def _attribute(handle: Any, name: str) -> int:
-    return int(call("cuDeviceGetAttribute", getattr(get_driver().bindings.CUdevice_attribute, name), handle))
+def call(name: str, *arguments: Any) -> Any:
+    """Call `cuda.bindings.driver.<name>`; see `Driver.call`."""
+    return get_driver().call(name, *arguments)
 
 
 def check_driver_version(version: int, major: str) -> None:
@@ -219,11 +232,17 @@ def get_device(ordinal: int) -> Device:
     device = _devices.get(ordinal)
     if device is not None:
         return device
-    driver = get_driver()
+    driver = get_driver() if ordinal < EMULATED else _emulator()
     with _lock:
         if ordinal not in _devices:
             _devices[ordinal] = _open_device(driver, ordinal)
         return _devices[ordinal]
+
+
+def _emulator() -> Driver:
+    from .emulator.driver import get_driver as get_emulator  # not above: GPU callers need no emulator
+
+    return get_emulator()
 
 
 def _open_device(driver: Driver, ordinal: int) -> Device:
@@ -231,25 +250,31 @@ def _open_device(driver: Driver, ordinal: int) -> Device:
     wrong = abi.mismatches(held.abi)
     if wrong:
         raise CubinError(f"the cubins in {held.root} were built against another abi.h: {'; '.join(wrong)}")
-    major = manifest.cuda_major()
+    major = driver.major or manifest.cuda_major()
     check_driver_version(driver.version, major)
-    count = int(call("cuDeviceGetCount"))
-    if not 0 <= ordinal < count:
+    first = 0 if ordinal < EMULATED else EMULATED
+    count = int(driver.call("cuDeviceGetCount"))
+    if not 0 <= ordinal - first < count:
         raise ValueError(f"device: expected one of the {count} CUDA devices of this process, got {ordinal}")
-    handle = call("cuDeviceGet", ordinal)
+    handle = driver.call("cuDeviceGet", ordinal - first)
+    attributes = driver.bindings.CUdevice_attribute
+
+    def attribute(name: str) -> int:
+        return int(driver.call("cuDeviceGetAttribute", getattr(attributes, name), handle))
+
     capability = (
-        _attribute(handle, "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR"),
-        _attribute(handle, "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR"),
+        attribute("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR"),
+        attribute("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR"),
     )
-    raw = call("cuDeviceGetName", 256, handle)
+    raw = driver.call("cuDeviceGetName", 256, handle)
     name = raw.split(b"\0")[0].decode() if isinstance(raw, bytes) else str(raw)
     arch = ARCHITECTURES.get(capability)
     have = held.architectures(major)
     if arch is None or arch not in have:
         raise UnsupportedDeviceError(_unsupported(held, ordinal, name, capability, major))
-    sm_count = _attribute(handle, "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT")
-    context = int(call("cuDevicePrimaryCtxRetain", handle))
-    return Device(ordinal, name, capability, arch, major, sm_count, context)
+    sm_count = attribute("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT")
+    context = int(driver.call("cuDevicePrimaryCtxRetain", handle))
+    return Device(ordinal, name, capability, arch, major, sm_count, context, driver)
 
 
 def _unsupported(
@@ -270,16 +295,17 @@ def _unsupported(
 @contextmanager
 def current(device: Device) -> Iterator[None]:
     """The device's primary context is current inside, what was current is restored after."""
-    before = int(call("cuCtxGetCurrent"))
+    driver = device.driver
+    before = int(driver.call("cuCtxGetCurrent"))
     if before == device.context:
         yield
         return
-    bindings = get_driver().bindings
-    call("cuCtxSetCurrent", bindings.CUcontext(device.context))
+    bindings = driver.bindings
+    driver.call("cuCtxSetCurrent", bindings.CUcontext(device.context))
     try:
         yield
     finally:
-        call("cuCtxSetCurrent", bindings.CUcontext(before))
+        driver.call("cuCtxSetCurrent", bindings.CUcontext(before))
 
 
 def get_function(device: Device, variant: manifest.Variant) -> int:
@@ -299,12 +325,13 @@ def get_function(device: Device, variant: manifest.Variant) -> int:
 def _load_function(device: Device, variant: manifest.Variant) -> int:
     image = manifest.read_cubin(manifest.default(), variant, device.arch, device.major)
     key = variant.key
-    library = call("cuLibraryLoadData", image, [], [], 0, [], [], 0, variant=key)
-    kernel = call("cuLibraryGetKernel", library, variant.symbol.encode(), variant=key)
-    function = call("cuKernelGetFunction", kernel, variant=key)
+    driver = device.driver
+    library = driver.call("cuLibraryLoadData", image, [], [], 0, [], [], 0, variant=key)
+    kernel = driver.call("cuLibraryGetKernel", library, variant.symbol.encode(), variant=key)
+    function = driver.call("cuKernelGetFunction", kernel, variant=key)
     if variant.shared_memory:
-        attribute = get_driver().bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        call("cuFuncSetAttribute", function, attribute, variant.shared_memory, variant=key)
+        attribute = driver.bindings.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        driver.call("cuFuncSetAttribute", function, attribute, variant.shared_memory, variant=key)
     _libraries.append(library)
     return int(function)
 
@@ -312,37 +339,28 @@ def _load_function(device: Device, variant: manifest.Variant) -> int:
 # Memory and status of our own calls. Streams and addresses are integers, and the device's context is current.
 
 
-def stream_is_capturing(stream: int) -> bool:
+def stream_is_capturing(device: Device, stream: int) -> bool:
     """Whether `stream` is being captured into a graph."""
-    return int(call("cuStreamIsCapturing", stream)) != 0
-
-
-def mem_alloc_async(size: int, stream: int) -> int:
-    """Address of `size` bytes, 256-byte aligned, allocated in the order of `stream`."""
-    return int(call("cuMemAllocAsync", size, stream))
-
-
-def mem_free_async(ptr: int, stream: int) -> None:
-    """Give memory of `mem_alloc_async` back in the order of `stream`."""
-    call("cuMemFreeAsync", ptr, stream)
+    return int(device.driver.call("cuStreamIsCapturing", stream)) != 0
 
 
 @contextmanager
-def temporary(size: int, stream: int) -> Iterator[int]:
-    """Address of `size` bytes that live as long as the block, in the order of `stream`."""
-    ptr = mem_alloc_async(size, stream)
+def temporary(device: Device, size: int, stream: int) -> Iterator[int]:
+    """Address of `size` bytes, 256-byte aligned, that live as long as the block, in the order of `stream`."""
+    driver = device.driver
+    ptr = int(driver.call("cuMemAllocAsync", size, stream))
     try:
         yield ptr
     except BaseException:
         with suppress(CudaError):  # once a kernel has failed every call does; the first error says more
-            mem_free_async(ptr, stream)
+            driver.call("cuMemFreeAsync", ptr, stream)
         raise
-    mem_free_async(ptr, stream)
+    driver.call("cuMemFreeAsync", ptr, stream)
 
 
-def read_int32(ptr: int, stream: int) -> int:
+def read_int32(device: Device, ptr: int, stream: int) -> int:
     """The int32 at device address `ptr` once all work on `stream` is done; waits for it."""
     value = ctypes.c_int32()
-    call("cuMemcpyDtoHAsync", ctypes.addressof(value), ptr, 4, stream)
-    call("cuStreamSynchronize", stream)
+    device.driver.call("cuMemcpyDtoHAsync", ctypes.addressof(value), ptr, 4, stream)
+    device.driver.call("cuStreamSynchronize", stream)
     return value.value

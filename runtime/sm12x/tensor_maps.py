@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-from .driver import Device, cuda_error, current, get_driver
+from .driver import Device, current
 from .errors import CubinError
 from .manifest import OPERANDS, TensorMap, Variant
 
@@ -27,12 +27,14 @@ def get_tensor_maps(device: Device, variant: Variant, address: int) -> bytes:
     if variant.tensor_maps is None:
         raise CubinError(f"{variant.key}: the manifest records no tensor maps")
     with current(device):  # two threads may both encode: they get the same bytes
-        maps = b"".join(_encode(variant, name, variant.tensor_maps[name], address) for name in OPERANDS)
+        maps = b"".join(
+            _encode(device, variant, name, variant.tensor_maps[name], address) for name in OPERANDS
+        )
         device.prototypes[variant.key] = maps
     return maps
 
 
-def _encode(variant: Variant, name: str, spec: TensorMap, address: int) -> bytes:
+def _encode(device: Device, variant: Variant, name: str, spec: TensorMap, address: int) -> bytes:
     rank = spec.rank
     box = spec.box + (1,) * (rank - len(spec.box))
     steps, stride = [], spec.element_bytes
@@ -42,7 +44,7 @@ def _encode(variant: Variant, name: str, spec: TensorMap, address: int) -> bytes
     kind = _UINT8 if spec.element_bytes == 1 else {"float16": _FLOAT16, "bfloat16": _BFLOAT16}[variant.out]
     storage = (ctypes.c_uint64 * 24)()  # 128 bytes that begin at a multiple of 64, wherever ctypes put them
     start = -ctypes.addressof(storage) % 64
-    status = get_driver().hot.cuTensorMapEncodeTiled(
+    status = device.driver.hot.cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(storage) + start),
         kind,
         rank,
@@ -57,7 +59,7 @@ def _encode(variant: Variant, name: str, spec: TensorMap, address: int) -> bytes
         0,
     )
     if status:
-        raise cuda_error(
+        raise device.driver.error(
             "cuTensorMapEncodeTiled", status, variant=variant.key, shapes=f"tensor map of {name} {spec}"
         )
     return bytes(storage)[start : start + 128]

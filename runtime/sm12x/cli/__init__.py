@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "check the hashes of all cubins, and re-assemble them where a ptxas is at hand",
     "validate": "run every kernel on this GPU against the reference and write a report",
     "bench": "time the grouped GEMM on shapes of real models",
+    "emulate": "run a kernel's PTX on the CPU, instruction by instruction",
 }
 
 

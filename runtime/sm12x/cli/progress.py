@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,3 +24,27 @@ def progress(items: Iterable[T], label: str, total: int, *, enabled: bool = True
         return items
     bar: Iterable[T] = tqdm(items, desc=label, total=total, delay=1.0, file=sys.stderr, leave=False)
     return bar
+
+
+@contextmanager
+def counting(unit: str, *, enabled: bool = True) -> Iterator[Callable[[str, int], None] | None]:
+    """Something to call with a label and how many units of it are done, whose number nobody knows before. It
+    shows them on stderr once it has taken longer than a second; None where `enabled` is false or tqdm is
+    missing.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        enabled = False
+    if not enabled:
+        yield None
+        return
+    with tqdm(unit=f" {unit}", delay=1.0, file=sys.stderr, leave=False) as bar:
+
+        def show(label: str, done: int) -> None:
+            if done < bar.n:  # the next thing has begun
+                bar.reset()
+            bar.set_description_str(label, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show

@@ -7,7 +7,7 @@ from typing import Any
 from .. import driver
 from ..arrays import Array
 from ..tensors import allocate_like, current_stream, deliver, framework_of, ingest
-from . import validate
+from . import emulated, validate
 from .arguments import device_of, numpy_backend, scale
 from .grouped_gemm_list import list_call
 from .packed import PackedPlan, plan_packed, refuse, run_packed, suspicious
@@ -32,6 +32,7 @@ def grouped_gemm(
     stream: Any = None,
     dtype: Any = None,
     variant: str | None = None,
+    backend: str | None = None,
 ) -> Any:
     """Grouped GEMM in FP8: one matrix product per expert (group), scaled, in one call.
 
@@ -68,15 +69,22 @@ def grouped_gemm(
     dtype: FP8 type of uint8 operands, or a pair (for a, for b).
     variant: key of the kernel to use (`python -m sm12x kernels`). None: the best for the shape
       (SM12X_LOG=select prints why).
+    backend: "auto": torch, CuPy, JAX and other DLPack arrays run on the GPU they lie on, NumPy arrays on the
+      CPU, in `sm12x.reference`; workspace, stream and variant are then refused. "emulator": NumPy arrays and
+      others in host memory run the GPU's kernels in `sm12x.emulator`, which needs no GPU; slowly; stream is
+      then refused. None: what SM12X_BACKEND said at the first call, or "auto".
 
-    torch, CuPy, JAX and other DLPack arrays run on the GPU they lie on. NumPy arrays run on the CPU, in
-    `sm12x.reference`; workspace, stream and variant are then refused. Returns `out` or a new array; a
-    list for a list call.
+    Returns `out` or a new array; a list for a list call.
 
     Raises ValueError and TypeError naming the argument, with nothing written; DriverError,
     UnsupportedDeviceError and CubinError where the machine or the installation cannot run it; CudaError
-    where a driver call fails.
+    where a driver call fails; `sm12x.emulator.EmulatorError` where an emulated kernel does what it must not.
     """
+    if (backend is not None or emulated.BACKEND is not None) and emulated.wanted(backend):
+        return emulated.emulated_call(
+            grouped_gemm,
+            *(a, b, a_scale, b_scale, offsets, out, out_dtype, bias, workspace, stream, dtype, variant),
+        )
     if offsets is None or isinstance(a, (list, tuple)):
         return list_call(
             a, b, a_scale, b_scale, offsets, out, out_dtype, bias, workspace, stream, dtype, variant

@@ -284,27 +284,27 @@ def _run(
             operands = ((f"a[{i}]", group.a_array.ptr, group.a), (f"b[{i}]", group.b_array.ptr, group.b))
             check_workspace(base, needed, (*operands, (f"out[{i}]", out.ptr, d)))
     prepare = manifest.default().only(variant.family, "prepare_list")
-    prepare_launch = launch.kernel_launch(driver.get_function(device, prepare), prepare, 1)
-    gemm_launch = launch.kernel_launch(driver.get_function(device, variant), variant, ctas)
+    prepare_launch = launch.kernel_launch(device, prepare, 1)
+    gemm_launch = launch.kernel_launch(device, variant, ctas)
     dtypes = [group.bias.dtype for group, _, _ in targets if group.bias is not None]
     bias_type = abi.BIAS_TYPES[dtypes[0]] if dtypes else 0
     params = launch.gemm_params(device, variant, count, ctas, bias_type, targets[0][0].b_array.ptr)
     m, n, k = (max(each) for each in zip(*problem.shapes, strict=True))
     shapes = f"list of {count} groups, at most M={m} N={n} K={k}"
     handle = ctypes.c_void_p(stream)
-    room_for = driver.temporary(needed, stream) if scratch is None else nullcontext(base)
+    room_for = driver.temporary(device, needed, stream) if scratch is None else nullcontext(base)
     with driver.current(device), room_for as base:
         for first in range(0, count, abi.SM12X_LIST_CAPACITY):
             chunk = targets[first : first + abi.SM12X_LIST_CAPACITY]
             block = launch.Block(_list_params(base + maps, count, first, chunk, variant.swap_ab))
             status = prepare_launch(handle, block.arguments, None)
             if status:
-                raise launch.launch_error(status, prepare.key, shapes)
+                raise launch.launch_error(device, status, prepare.key, shapes)
         block = launch.Block(params)
         launch.PACK_WORKSPACE(block.memory, launch.WORKSPACE_AT, base + maps, base)
         status = gemm_launch(handle, block.arguments, None)
         if status:
-            raise launch.launch_error(status, variant.key, shapes)
+            raise launch.launch_error(device, status, variant.key, shapes)
 
 
 def _list_params(

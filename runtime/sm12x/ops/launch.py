@@ -18,6 +18,7 @@ from .. import abi, driver, manifest
 from ..errors import CudaError
 from ..select import Choice, Problem, describe, fits, select, tiles_upper_bound
 from ..tensor_maps import get_tensor_maps
+from . import emulated
 
 FAMILY = "fp8_ptr_array"
 WORKSPACE_UNIT = 128  # tensor maps are 128 bytes, and the group arrays behind them begin at a multiple
@@ -42,19 +43,19 @@ class Block:
         self.arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._view))
 
 
-def kernel_launch(function: int, variant: manifest.Variant, ctas: int) -> Launch:
-    """cuLaunchKernel of `function` with `ctas` CTAs along its grid axis; takes stream, arguments, None."""
+def kernel_launch(device: driver.Device, variant: manifest.Variant, ctas: int) -> Launch:
+    """cuLaunchKernel of `variant`, loaded if it is not, with `ctas` CTAs along its grid axis; takes stream,
+    arguments, None."""
+    function = driver.get_function(device, variant)
     grid = (ctas, 1) if variant.grid_axis == "x" else (1, ctas)
     sizes = (*grid, 1, variant.threads, 1, 1, variant.shared_memory)
     # As C integers: ctypes takes Python's one by one, 1.5 us a launch.
-    return partial(
-        driver.get_driver().hot.cuLaunchKernel, ctypes.c_void_p(function), *map(ctypes.c_uint, sizes)
-    )
+    return partial(device.driver.hot.cuLaunchKernel, ctypes.c_void_p(function), *map(ctypes.c_uint, sizes))
 
 
-def launch_error(status: int, variant: str, shapes: str) -> CudaError:
+def launch_error(device: driver.Device, status: int, variant: str, shapes: str) -> CudaError:
     """The error for a launch of the kernel `variant` that returned `status`."""
-    return driver.cuda_error("cuLaunchKernel", status, variant=variant, shapes=shapes)
+    return device.driver.error("cuLaunchKernel", status, variant=variant, shapes=shapes)
 
 
 _logged: set[Problem] = set()
@@ -77,7 +78,7 @@ def choose(problem: Problem, forced: Any, device: driver.Device) -> manifest.Var
         have = sorted({f"{v.a} x {v.b} -> {v.out}" for v in gemms if problem.arch in v.targets})
         raise ValueError(
             f"a, b, out_dtype: no kernel for {problem.a} x {problem.b} -> {problem.out} on {problem.arch}; "
-            f"there are {', '.join(have) or 'none'} (NumPy arrays take every combination)"
+            f"there are {', '.join(have) or 'none'} (`sm12x.reference` takes every combination)"
         )
     if forced is not None:
         if not isinstance(forced, str):
@@ -120,8 +121,9 @@ def gemm_params(
     return bytes(params)
 
 
-def workspace_size(num_groups: int, *, device: int = 0) -> int:
+def workspace_size(num_groups: int, *, device: int = 0, backend: str | None = None) -> int:
     """Bytes of `workspace=` that are enough for `num_groups` groups on a device, whatever variant runs.
+    `backend` as `grouped_gemm` has it: with the emulator, the device is the emulated one.
 
     A workspace is for one stream at a time and needs no initialisation. Its first byte used is at a multiple
     of 256: arrays of every framework begin there; for a slice that does not, add 256.
@@ -134,7 +136,7 @@ def workspace_size(num_groups: int, *, device: int = 0) -> int:
         raise ValueError(f"num_groups: expected at least 0, got {num_groups}")
     if isinstance(device, bool) or not isinstance(device, int):
         raise TypeError(f"device: expected the ordinal of a CUDA device, got {type(device).__name__}")
-    opened = driver.get_device(device)
+    opened = emulated.device() if emulated.wanted(backend) else driver.get_device(device)
     maps = max(
         (maps_bytes(v, opened.sm_count) for v in manifest.default().gemms() if opened.arch in v.targets),
         default=0,

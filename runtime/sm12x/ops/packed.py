@@ -196,15 +196,15 @@ def plan_packed(
         device=device,
         variant=chosen,
         prepare_key=prepare.key,
-        prepare=launch.kernel_launch(driver.get_function(device, prepare), prepare, 1),
-        gemm=launch.kernel_launch(driver.get_function(device, chosen), chosen, ctas),
+        prepare=launch.kernel_launch(device, prepare, 1),
+        gemm=launch.kernel_launch(device, chosen, ctas),
         prepare_params=bytes(params),
         gemm_params=launch.gemm_params(device, chosen, groups, ctas, bias_type, b.ptr),
         maps_bytes=maps,
         needed=needed,
         shapes=f"packed M={rows} E={groups} N={n} K={k}",
         status_at=maps + abi.status_offset(groups),
-        get_context=driver.get_driver().hot.cuCtxGetCurrent,
+        get_context=device.driver.hot.cuCtxGetCurrent,
         context=device.context,
         slots=[],
     )
@@ -302,7 +302,7 @@ def run_packed(
     Raises CudaError, and with SM12X_CHECK ValueError for bad offsets.
     """
     if not workspace:
-        with driver.current(kernels.device), driver.temporary(kernels.needed, stream) as base:
+        with driver.current(kernels.device), driver.temporary(kernels.device, kernels.needed, stream) as base:
             run_packed(kernels, stream, a, b, d, offsets, a_scale, b_scale, bias, a_value, b_value, base)
         return
     try:
@@ -324,19 +324,19 @@ def run_packed(
 
 def _enqueue(kernels: Kernels, slot: _Slot, workspace: int) -> None:
     if workspace and launch.CHECK:
-        _refuse_capture(slot)
+        _refuse_capture(kernels, slot)
     status = kernels.prepare(slot.stream, slot.prepare_arguments, None)
     if status:
-        raise launch.launch_error(status, kernels.prepare_key, kernels.shapes)
+        raise launch.launch_error(kernels.device, status, kernels.prepare_key, kernels.shapes)
     if workspace and launch.CHECK:
         _check_offsets(kernels, slot, workspace)
     status = kernels.gemm(slot.stream, slot.gemm_arguments, None)
     if status:
-        raise launch.launch_error(status, kernels.variant.key, kernels.shapes)
+        raise launch.launch_error(kernels.device, status, kernels.variant.key, kernels.shapes)
 
 
-def _refuse_capture(slot: _Slot) -> None:
-    if driver.stream_is_capturing(slot.stream.value or 0):
+def _refuse_capture(kernels: Kernels, slot: _Slot) -> None:
+    if driver.stream_is_capturing(kernels.device, slot.stream.value or 0):
         raise ValueError(
             "stream: SM12X_CHECK=1 reads the offsets' status back, which a stream that is being "
             "captured into a graph "
@@ -345,7 +345,7 @@ def _refuse_capture(slot: _Slot) -> None:
 
 
 def _check_offsets(kernels: Kernels, slot: _Slot, workspace: int) -> None:
-    status = driver.read_int32(workspace + kernels.status_at, slot.stream.value or 0)
+    status = driver.read_int32(kernels.device, workspace + kernels.status_at, slot.stream.value or 0)
     if status == abi.SM12X_STATUS_OK:
         return
     faults = []

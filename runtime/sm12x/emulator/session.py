@@ -1,0 +1,124 @@
+"""How the emulator runs, and what it has run: `sm12x.emulator.use`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from . import devices
+
+if TYPE_CHECKING:
+    from .launch import LaunchResult
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Which device is emulated, and how.
+
+    device: "rtx5090", "rtxpro6000", "gb10" or "h200".
+    sms: SMs that it has; None for all. Persistent kernels have one CTA for each SM, so that fewer make a
+      large problem faster to emulate, and each CTA's share larger.
+    seed: decides in which order warps run and asynchronous operations complete.
+    resident: CTAs that are let in at a time; None for all of a grid.
+    truncate_bits: significant bits to which the sums of MMAs with FP32 accumulators are cut, as hardware is
+      reported to with 22; None for sums that are exact but for one rounding.
+    """
+
+    device: str = devices.DEFAULT
+    sms: int | None = None
+    seed: int = 0
+    resident: int | None = None
+    truncate_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        gpu = devices.find(self.device)
+        if self.sms is not None and not 1 <= self.sms <= gpu.sm_count:
+            raise ValueError(f"sms: expected 1 to {gpu.sm_count} for {gpu.key}, got {self.sms}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {self.seed}")
+        if self.resident is not None and self.resident < 1:
+            raise ValueError(f"resident: expected at least 1, got {self.resident}")
+        if self.truncate_bits is not None and not 1 <= self.truncate_bits <= 24:
+            raise ValueError(f"truncate_bits: expected 1 to 24, got {self.truncate_bits}")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel that ran. `seconds` is what emulating it took, and says nothing about a GPU; `result` is
+    what the emulator counted."""
+
+    variant: str
+    symbol: str
+    arch: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_memory: int
+    seconds: float
+    result: LaunchResult
+
+
+@dataclass(slots=True)
+class Session:
+    """Options, and the launches that ran to their end with them, in their order. `failed` is the variant
+    whose kernel did not, None where all did. `progress` is called now and then with the variant that runs and
+    the segments of its program that have run."""
+
+    options: Options
+    launches: list[Launch] = field(default_factory=list)
+    failed: str | None = None
+    progress: Callable[[str, int], None] | None = None
+
+
+_active: ContextVar[Session | None] = ContextVar("sm12x emulator session", default=None)
+
+
+def active() -> Session | None:
+    """The session of the innermost `use`, None outside of any."""
+    return _active.get()
+
+
+def options() -> Options:
+    """The options in force: those of the session, else those of the environment.
+
+    SM12X_EMULATOR_DEVICE, _SMS, _SEED, _RESIDENT and _TRUNCATE_BITS. Raises ValueError naming the variable.
+    """
+    session = _active.get()
+    if session is not None:
+        return session.options
+    given: dict[str, Any] = {}
+    for name in (each.name for each in fields(Options)):
+        variable = f"SM12X_EMULATOR_{name.upper()}"
+        text = os.environ.get(variable)
+        if not text:
+            continue
+        try:
+            given[name] = text if name == "device" else int(text)
+        except ValueError:
+            raise ValueError(f"{variable}: expected an integer, got {text!r}") from None
+    try:
+        return Options(**given)
+    except ValueError as error:
+        name, _, reason = str(error).partition(":")
+        raise ValueError(f"SM12X_EMULATOR_{name.upper()}:{reason}") from None
+
+
+@contextmanager
+def use(**changes: Any) -> Iterator[Session]:
+    """Have the emulator run with other options within the block, in this thread or task.
+
+    `changes` are fields of `Options`; what is not named stays as it was outside. Yields the Session, which
+    fills with the launches. Raises TypeError for a name that is no option, ValueError for a bad value.
+    """
+    unknown = set(changes) - {each.name for each in fields(Options)}
+    if unknown:
+        raise TypeError(f"{min(unknown)}: expected an option of the emulator")
+    session = Session(replace(options(), **changes))
+    token = _active.set(session)
+    try:
+        yield session
+    finally:
+        _active.reset(token)
