@@ -153,6 +153,7 @@ def test_matrices_are_loaded_and_stored_by_rows_or_columns(trans, number):
     bar.warp.sync -1;
     ldmatrix.sync.aligned.m8n8.x{number}{trans}.shared.b16 {{{registers}}}, [%r2];
     stmatrix.sync.aligned.m8n8.x{number}{trans}.shared.b16 [%r2+1024], {{{registers}}};
+    bar.warp.sync -1;
     add.u64 %rd3, %rd1, {out};
     {" ".join(f"st.global.b32 [%rd3+{4 * i}], %r{10 + i};" for i in range(number))}
     @%p1 ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r2+1024];

@@ -134,6 +134,7 @@ def test_generic_addresses_reach_every_space_in_one_access():
     mov.u32 %r1, %tid.x;
     mov.b32 %r2, 222;
     st.shared.b32 [box], %r2;
+    bar.warp.sync -1;
     mov.u64 %rd1, box;
     cvta.shared.u64 %rd1, %rd1;
     mov.u64 %rd2, {source};

@@ -8,7 +8,7 @@ where the split has parted or ended, or a Wait.
 from __future__ import annotations
 
 from functools import partial
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -188,6 +188,15 @@ class Program:
         emitter.line(f"return {emitter.bind(choose)}(s, {emitter.value(instruction.operands[0], 'u32').u})")
 
     # Errors
+
+    def executing(self, frame: FrameType | None) -> int:
+        """The index of the instruction that runs, seen from a frame that it called; -1 where none does."""
+        while frame is not None:
+            owners = self._owners.get(frame.f_code)
+            if owners is not None:
+                return owners[min(max(frame.f_lineno - 2, 0), len(owners) - 1)]
+            frame = frame.f_back
+        return -1
 
     def blame(self, error: BaseException, split: Split) -> EmulatorError:
         """The EmulatorError for what a segment's function raised, with the instruction that did it."""

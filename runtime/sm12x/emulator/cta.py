@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .checkers.races import Races
 from .errors import Fault
 from .memory import OPAQUE, SHARED_BASE, UNWRITTEN, Array, Region
 from .warp import LANE_BITS, LANES, Split, Warp
@@ -34,16 +35,19 @@ class NamedBarrier:
 
 class Mbarrier:
     """An mbarrier object (PTX ISA, "mbarrier"): `pending` arrivals and `tx` transaction bytes until `phase`
-    ends.
+    ends. `clock` is what those who arrived in any phase knew, `released` the same up to the last phase's end
+    (see checkers.clocks).
     """
 
-    __slots__ = ("address", "expected", "pending", "phase", "queue", "tx")
+    __slots__ = ("address", "clock", "expected", "pending", "phase", "queue", "released", "tx")
 
     def __init__(self, address: int, count: int) -> None:
         self.address, self.expected, self.pending = address, count, count
         self.phase = 0
         self.tx = 0
         self.queue: list[Split] = []
+        self.clock: Array | None = None
+        self.released: Array | None = None
 
     def __str__(self) -> str:
         left = f"{self.expected - self.pending} of {self.expected} arrivals"
@@ -73,6 +77,7 @@ class Cta:
             for at in range(-(-self.threads // 32))
         ]
         self.running = len(self.warps)
+        self.races = Races(self) if grid.races else None
 
     def _special(self, warp: int) -> dict[str, Array]:
         grid = self.grid
@@ -141,6 +146,7 @@ class Cta:
         """Give back what an ended CTA takes: its memory and its warps' registers."""
         self.shared = Region(SHARED_BASE, 0, "shared memory of a CTA that has ended")
         self.local.clear()
+        self.races = None
         for warp in self.warps:
             warp.registers.clear()
 
@@ -222,6 +228,7 @@ class Cta:
 
     def _phase_end(self, barrier: Mbarrier) -> None:
         if barrier.pending == 0 and barrier.tx == 0:
+            barrier.released = barrier.clock
             barrier.phase += 1
             barrier.pending = barrier.expected
             self.grid.scheduler.wake(barrier.queue)

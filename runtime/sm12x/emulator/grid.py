@@ -34,7 +34,9 @@ class Grid:
         limit: int,
         number: int,
         resident: int | None = None,
+        races: bool = True,
     ) -> None:
+        self.races = races  # whether accesses of shared memory that nothing orders are looked for
         self.program, self.memory, self.size, self.block = program, memory, size, block
         self.shared_bytes, self.number = shared_bytes, number
         self.parameters = Region(0, max(len(parameters), 1), "kernel parameters", read_only=True)

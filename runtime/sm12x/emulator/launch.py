@@ -126,13 +126,15 @@ def launch(
     seed: int = 0,
     segment_limit: int = SEGMENT_LIMIT,
     resident: int | None = None,
+    races: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> LaunchResult:
     """Run a kernel to its end.
 
     `parameters` are the bytes of the kernel's parameters, in PTX's layout; at least as many as it declares.
-    `seed` chooses how warps interleave and when asynchronous operations complete. `progress` is called now
-    and then with the segments that have run.
+    `seed` chooses how warps interleave and when asynchronous operations complete. `races`: whether accesses
+    of shared memory that nothing orders are a violation, however they went (checkers.races). `progress` is
+    called now and then with the segments that have run.
 
     Raises ValueError for a launch that CUDA would refuse, and EmulatorError where the kernel breaks a rule.
     """
@@ -162,6 +164,7 @@ def launch(
         limit=segment_limit,
         number=next(_numbers),
         resident=resident,
+        races=races,
     )
     with np.errstate(all="ignore"):
         if progress is not None:

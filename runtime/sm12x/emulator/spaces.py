@@ -120,6 +120,28 @@ def _shared(w: Warp) -> Region:
     return w.cta.shared
 
 
+_load_shared, _store_shared = _region_load(_shared), _region_store(_shared)
+
+
+def _shared_load(w: Warp, lanes: Array | None, address: Array, width: int, count: int) -> Array:
+    found = _load_shared(w, lanes, address, width, count)
+    races = w.cta.races
+    if races is not None:
+        races.load(w, lanes, address if lanes is None else address[lanes], width * count)
+    return found
+
+
+def _shared_store(w: Warp, lanes: Array | None, address: Array, value: Array, width: int, count: int) -> None:
+    _store_shared(w, lanes, address, value, width, count)
+    races = w.cta.races
+    if races is not None:
+        active = LANES if lanes is None else lanes
+        races.store(w, lanes, address[active], width * count)
+        differs = w.cta.shared.load(address[active], width, count) != value[..., active]
+        if np.count_nonzero(differs):
+            raise races.collided(active[np.flatnonzero(differs if count == 1 else differs.any(axis=0))])
+
+
 def _parameters(w: Warp) -> Region:
     return w.cta.grid.parameters
 
@@ -232,7 +254,7 @@ def _generic_store(
 
 LOADS: dict[str, Load] = {
     "global": _global_load,
-    "shared": _region_load(_shared),
+    "shared": _shared_load,
     "param": _region_load(_parameters),
     "const": _region_load(_constants),
     "local": _local_load,
@@ -240,12 +262,49 @@ LOADS: dict[str, Load] = {
 }
 STORES: dict[str, Store] = {
     "global": _global_store,
-    "shared": _region_store(_shared),
+    "shared": _shared_store,
     "param": _region_store(_parameters),
     "const": _region_store(_constants),
     "local": _local_store,
     "generic": _generic_store,
 }
+
+
+_STRONG = frozenset({"volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"})
+
+
+def strong_words(i: Instruction) -> frozenset[str]:
+    """What makes an access a strong one, and what it orders; empty for weak ones (PTX ISA, "Memory
+    Consistency Model", "Strong operations"). Atomics are strong anyhow.
+    """
+    return _STRONG & set(i.opcode)
+
+
+def strong(
+    run: Callable[..., Any], words: frozenset[str], *, reads: bool, writes: bool
+) -> Callable[..., Any]:
+    """An access `(w, s, lanes, address, ...)` that is strong: it races with no other strong one, and may
+    synchronise with one."""
+
+    def ordered(w: Warp, s: Split, lanes: Array | None, address: Array, *operands: Array) -> Any:
+        races = w.cta.races
+        if races is None:
+            return run(w, s, lanes, address, *operands)
+        races.strong = words
+        try:
+            found = run(w, s, lanes, address, *operands)
+        finally:
+            races.strong = None
+        chosen = (address if lanes is None else address[lanes]).astype(np.uint64)
+        inside = (chosen >= SHARED_WINDOW) & (chosen < SHARED_WINDOW + WINDOW_BYTES)
+        place = np.where(inside, chosen - np.uint64(SHARED_WINDOW), chosen)
+        if reads:
+            races.order.strong_read(w, lanes, place, words)
+        if writes:
+            races.order.strong_write(w, lanes, place, words)
+        return found
+
+    return ordered
 
 
 def aligned(split: Split, lanes: Array | None) -> None:

@@ -11,7 +11,7 @@ from ..emitter import Emitter
 from ..memory import Array
 from ..ptx.ir import TYPE_BITS, Instruction
 from ..registry import instruction, unsupported
-from ..spaces import LOADS, STORES, space_of
+from ..spaces import LOADS, STORES, space_of, strong, strong_words
 from ..warp import LANES, Split, Warp
 
 _WORDS = {
@@ -77,7 +77,8 @@ def atom(i: Instruction, e: Emitter) -> None:
         sources.pop()
     lanes = e.lanes()
     values = [e.value(source, kind).u for source in sources]
-    found = e.call(_atomic(space_of(i), name, kind), e.address(a), *values, result=True)
+    run = strong(_atomic(space_of(i), name, kind), strong_words(i), reads=True, writes=True)
+    found = e.call(run, e.address(a), *values, result=True)
     e.put(d, kind, found, lanes)
 
 
@@ -89,4 +90,5 @@ def red(i: Instruction, e: Emitter) -> None:
     if name in ("exch", "cas"):
         raise unsupported(i)
     a, b = i.operands[:2]
-    e.call(_atomic(space_of(i), name, kind), e.address(a), e.value(b, kind).u)
+    run = strong(_atomic(space_of(i), name, kind), strong_words(i), reads=True, writes=True)
+    e.call(run, e.address(a), e.value(b, kind).u)

@@ -62,6 +62,8 @@ def _arrive(w: Warp, s: Split, lanes: Array | None, barrier: int, count: int | N
     if found.arrived > found.expected:
         raise Fault("barrier", f"{found.arrived} threads at barrier {barrier}, which is for {found.expected}")
     generation, results = found.generation, found.reduction
+    if w.cta.races is not None:
+        w.cta.races.order.at_barrier(w, lanes, barrier, generation)
     w.cta.complete(found)
     return found, generation, results
 
@@ -76,6 +78,8 @@ def _synchronise(is_aligned: bool) -> Callable[..., Any]:
         else:
             found = w.cta.barriers[number]
         if found.generation != s.memo:
+            if w.cta.races is not None:
+                w.cta.races.order.past_barrier(w, lanes, number, s.memo)
             s.memo = None
             return None
         return Wait(
@@ -109,6 +113,8 @@ def _reduce(is_aligned: bool, name: str) -> Callable[..., Any]:
             s.memo = _arrive(w, s, lanes, number, threads, is_aligned)
         found, generation, results = s.memo
         if found.generation != generation:
+            if w.cta.races is not None:
+                w.cta.races.order.past_barrier(w, lanes, number, generation)
             s.memo = None
             size = 32 if lanes is None else len(lanes)
             if name == "popc":
@@ -152,7 +158,9 @@ def _emit_reduction(
 
 @instruction("fence", "membar", yields=True)
 def fence(i: Instruction, e: Emitter) -> None:
-    """Memory is sequentially consistent, and both proxies see it: only tensor maps are ever seen late."""
+    """Memory is sequentially consistent, and both proxies see it: only tensor maps are ever seen late. What a
+    fence orders is the race checker's business.
+    """
     words = i.opcode[1:]
     if words[:2] == ("proxy", "tensormap::generic"):
         if "acquire" in words:
@@ -163,6 +171,20 @@ def fence(i: Instruction, e: Emitter) -> None:
     extra = [word for word in words if word not in _FENCES]
     if extra:
         raise unsupported(i, f"modifier .{extra[0]}")
+    if words[:2] == ("proxy", "async") or words[:2] == ("proxy", "async.shared::cta"):
+        e.call(_fence_proxy)
+    elif words[0] != "proxy" and "mbarrier_init" not in words:
+        e.call(_fence)
+
+
+def _fence_proxy(w: Warp, _s: Split, lanes: Array | None) -> None:
+    if w.cta.races is not None:
+        w.cta.races.order.fence_proxy(w, lanes)
+
+
+def _fence(w: Warp, _s: Split, lanes: Array | None) -> None:
+    if w.cta.races is not None:
+        w.cta.races.order.fence(w, lanes)
 
 
 def _acquire_map(w: Warp, _s: Split, lanes: Array | None, address: Array) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import tensor_map
 from ..asynchronous import Issuer, Operation, ThreadGroups, thread_groups
+from ..checkers.races import Ticket
 from ..cta import Cta
 from ..emitter import Emitter
 from ..errors import Fault
@@ -72,7 +73,14 @@ def _box(
     return box, region, int.from_bytes(found.fill_pattern[: min(box.unit, 8)], "little")
 
 
-def _load_box(cta: Cta, map_address: int, coordinates: tuple[int, ...], shared: int, barrier: int) -> None:
+def _load_box(
+    cta: Cta,
+    map_address: int,
+    coordinates: tuple[int, ...],
+    shared: int,
+    barrier: int,
+    ticket: Ticket | None,
+) -> None:
     box, region, fill = _box(cta, map_address, coordinates, shared)
     if box.in_bounds is None and region is not None:
         values = region.gather(box.addresses, box.unit)
@@ -83,7 +91,10 @@ def _load_box(cta: Cta, map_address: int, coordinates: tuple[int, ...], shared: 
             values[box.in_bounds] = region.gather(box.addresses[box.in_bounds], box.unit)
     cta.shared.scatter(box.offsets + shared, values, box.unit)
     cta.in_flight -= 1
-    cta.mbarrier_complete(cta.mbarrier(barrier), box.transaction_bytes)
+    target = cta.mbarrier(barrier)
+    if ticket is not None and cta.races is not None:
+        cta.races.copied_in(ticket, box.offsets + shared, box.unit, target)
+    cta.mbarrier_complete(target, box.transaction_bytes)
 
 
 class _Store:
@@ -100,8 +111,10 @@ class _Store:
         thread: ThreadGroups,
         locate: Callable[[], tuple[Array, Array, Region | None, int]],
         combine: Callable[[Array, Array], Array] | None,
+        ticket: Ticket | None,
     ) -> None:
         self._cta, self._thread, self._group = cta, thread, thread.open
+        self._ticket = ticket
         self._locate, self._combine = locate, combine
         self._group.reading += 1
         self._group.running += 1
@@ -113,6 +126,8 @@ class _Store:
     def read(self) -> None:
         source, self._to, self._region, self._unit = self._locate()
         self._values = self._cta.shared.gather(source, self._unit)
+        if self._ticket is not None and self._cta.races is not None:
+            self._cta.races.copied_out(self._ticket, source, self._unit)
         self._cta.in_flight -= 1
         self._group.reading -= 1
         self._cta.grid.scheduler.wake(self._thread.queue)
@@ -129,6 +144,12 @@ class _Store:
     def submit(self, issuer: Issuer) -> None:
         self._cta.in_flight += 1
         self._cta.grid.scheduler.submit(Operation(issuer, self.read, self.write))
+
+
+def issue(i: Instruction, w: Warp, lane: int, kind: str | None = None) -> Ticket | None:
+    """What the race checker has to know of a copy that a lane issues; see `Races.issue`."""
+    races = w.cta.races
+    return None if races is None else races.issue(w, np.array([lane]), i.index, kind)
 
 
 def _coordinates(i: Instruction, e: Emitter, operand: Operand) -> list[str]:
@@ -177,7 +198,8 @@ def _tensor_load(i: Instruction, e: Emitter) -> None:
             coordinates = tuple(int(c[lane]) for c in where)
             cta.mbarrier(target)
             cta.in_flight += 1
-            step = _bound(_load_box, cta, map_address, coordinates, shared, target)
+            ticket = issue(i, w, lane)
+            step = _bound(_load_box, cta, map_address, coordinates, shared, target, ticket)
             cta.grid.scheduler.submit(Operation(Issuer(i, w, lane), step))
 
     e.call(run, e.address(destination), _base(e, source), e.address(barrier), *_coordinates(i, e, source))
@@ -224,7 +246,8 @@ def _submit_tensor_store(
         word = f"u{element.bits // 8}"
         return function(old.view(word), np.ascontiguousarray(new).view(word)).view(old.dtype)
 
-    store = _Store(cta, thread_groups(w, lane, "bulk"), locate, None if combine is None else reduce)
+    ticket = issue(i, w, lane, "bulk")
+    store = _Store(cta, thread_groups(w, lane, "bulk"), locate, None if combine is None else reduce, ticket)
     store.submit(Issuer(i, w, lane))
 
 
@@ -270,12 +293,16 @@ def _check_bulk(size: int, *addresses: int) -> None:
 def _bulk_load(i: Instruction, e: Emitter, *, from_shared: bool) -> None:
     destination, source, size, barrier = i.operands[:4]
 
-    def copy(cta: Cta, to: int, at: int, count: int, target: int) -> None:
+    def copy(cta: Cta, to: int, at: int, count: int, target: int, ticket: Ticket | None) -> None:
         region = cta.shared if from_shared else cta.grid.memory.region(at, "bulk copy")
         region.span(at, count, "bulk copy")
         steps = np.arange(0, count, 16)
         cta.shared.scatter(to + steps, region.gather(at + steps, 16), 16)
         cta.in_flight -= 1
+        if ticket is not None and cta.races is not None:
+            if from_shared:
+                cta.races.copied_out(ticket, at + steps, 16)
+            cta.races.copied_in(ticket, to + steps, 16, cta.mbarrier(target))
         cta.mbarrier_complete(cta.mbarrier(target), count)
 
     def run(
@@ -287,7 +314,7 @@ def _bulk_load(i: Instruction, e: Emitter, *, from_shared: bool) -> None:
             _check_bulk(count, shared, begin)
             w.cta.mbarrier(target)
             w.cta.in_flight += 1
-            step = _bound(copy, w.cta, shared, begin, count, target)
+            step = _bound(copy, w.cta, shared, begin, count, target, issue(i, w, lane))
             w.cta.grid.scheduler.submit(Operation(Issuer(i, w, lane), step))
 
     e.call(run, e.address(destination), e.address(source), e.value(size, "u32").u, e.address(barrier))
@@ -302,7 +329,11 @@ def bulk_store(i: Instruction, e: Emitter, word: str = "u1", combine: Combine | 
             begin, count = _shared(at, lane), int(size[lane])
             _check_bulk(count, int(to[lane]), begin)
             store = _Store(
-                w.cta, thread_groups(w, lane, "bulk"), _run_of(w.cta, begin, int(to[lane]), count), reduce
+                w.cta,
+                thread_groups(w, lane, "bulk"),
+                _run_of(w.cta, begin, int(to[lane]), count),
+                reduce,
+                issue(i, w, lane, "bulk"),
             )
             store.submit(Issuer(i, w, lane))
 
@@ -356,6 +387,8 @@ def committer(kind: str) -> Callable[..., None]:
     def run(w: Warp, _s: Split, lanes: Array | None) -> None:
         for lane in _active(lanes):
             thread_groups(w, lane, kind).commit()
+        if w.cta.races is not None:
+            w.cta.races.order.commit(w, lanes, kind)
 
     return run
 
@@ -372,6 +405,8 @@ def waiter(kind: str, most: int, *, reading: bool) -> Callable[..., Any]:
             thread = w.groups.get((lane, kind))
             if thread is not None and thread.pending(most, reading=reading):
                 return Wait(kind, thread.queue, partial(copies_of, lane))
+        if w.cta.races is not None:
+            w.cta.races.order.waited(w, lanes, kind, most)
         return None
 
     return run

@@ -15,6 +15,7 @@ from ..spaces import aligned
 from ..warp import LANES, Split, Wait, Warp
 
 _WORDS = {"release", "relaxed", "acquire", "aligned"}
+CLUSTER = -1  # the number of its barrier, beside those of the CTA's named ones
 
 
 @instruction("barrier.cluster.arrive", "barrier.cluster.wait", blocks=True)
@@ -43,6 +44,8 @@ def _arrive(w: Warp, _s: Split, lanes: Array | None) -> None:
     w.cluster_phase = phases.copy()
     w.cluster_phase[active] = barrier.generation
     barrier.arrived += len(active)
+    if w.cta.races is not None:
+        w.cta.races.order.at_barrier(w, lanes, CLUSTER, barrier.generation)
     w.cta.settle_cluster_barrier()
 
 
@@ -56,6 +59,8 @@ def _wait(w: Warp, _s: Split, lanes: Array | None) -> Any:
         return Wait(
             "cluster", barrier.queue, lambda: f"the cluster barrier ({barrier.arrived} threads are there)"
         )
+    if w.cta.races is not None:
+        w.cta.races.order.past_barrier(w, lanes, CLUSTER, int(phases[0]))
     w.cluster_phase = w.cluster_phase.copy()
     w.cluster_phase[active] = -1
     return None

@@ -61,12 +61,16 @@ def _copier(i: Instruction, size: int) -> Callable[..., None]:
             group.running += 1
             thread.copies = [copy for copy in thread.copies if not copy.done] + [token]
         w.cta.in_flight += 1
+        races = w.cta.races
+        ticket = None if races is None else races.issue(w, lanes, i.index, "copy")
 
         def copy() -> None:
             w.cta.in_flight -= 1
-            for lane, thread, group in zip(chosen, threads, groups, strict=True):
+            for number, (lane, thread, group) in enumerate(zip(chosen, threads, groups, strict=True)):
                 shared = int(shared_addresses(to[lane : lane + 1], "shared")[0])
                 _copy_one(w, shared, int(at[lane]), int(taken[lane]), size)
+                if races is not None and ticket is not None:
+                    races.lane_copied_in(ticket, number, np.array([shared]), size)
                 group.running -= 1
                 w.cta.grid.scheduler.wake(thread.queue)
             token.finish()
@@ -112,6 +116,8 @@ def _wait_all(w: Warp, _s: Split, lanes: Array | None) -> Any:
         thread = thread_groups(w, lane, "copy")
         if not all(copy.done for copy in thread.copies):
             return Wait("copy", thread.queue, partial(copies_of, lane))
+    if w.cta.races is not None:
+        w.cta.races.order.waited_all(w, lanes)
     return None
 
 
@@ -139,9 +145,13 @@ def _arrive_after(w: Warp, barrier: Mbarrier, copies: list[Copy], issuer: Issuer
     waiting = [copy for copy in copies if not copy.done]
     left = len(waiting)
     w.cta.in_flight += 1
+    races = w.cta.races
+    until = 0 if races is None else races.order.copies_until(w, issuer.lane)
 
     def arrive() -> None:
         w.cta.in_flight -= 1
+        if races is not None:
+            races.order.copies_arrived(barrier, w, issuer.lane, until)
         w.cta.mbarrier_arrive(barrier, 1)
 
     def one_done() -> None:

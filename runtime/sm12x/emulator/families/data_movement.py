@@ -11,7 +11,7 @@ from ..errors import Fault
 from ..memory import Array
 from ..ptx.ir import TYPE_BITS, Address, Instruction, Operand, Register, Sink, Vector
 from ..registry import instruction, unsupported
-from ..spaces import LOADS, STORES, WINDOWS, space_of
+from ..spaces import LOADS, STORES, WINDOWS, space_of, strong, strong_words
 from ..warp import Split, Warp
 
 _VALUES = {f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)} | {"f32", "f64"}
@@ -133,7 +133,10 @@ def ld(i: Instruction, e: Emitter) -> None:
     space, count, kind = _access(i)
     d, a = i.operands[:2]
     lanes = e.lanes()
-    found = e.call(loader(space, TYPE_BITS[kind] // 8, count), _address(i, e, a, space), result=True)
+    run, words = loader(space, TYPE_BITS[kind] // 8, count), strong_words(i)
+    if words:
+        run = strong(run, words, reads=True, writes=False)
+    found = e.call(run, _address(i, e, a, space), result=True)
     if count == 1:
         return e.put(d, kind, found, lanes)
     if not isinstance(d, Vector) or len(d.elements) != count:
@@ -153,7 +156,10 @@ def st(i: Instruction, e: Emitter) -> None:
     if len(values) != count:
         raise unsupported(i, f"expected {count} sources")
     sources = [e.value(value, kind).u for value in values]
-    e.call(storer(space, TYPE_BITS[kind] // 8, count), _address(i, e, a, space), *sources)
+    run, words = storer(space, TYPE_BITS[kind] // 8, count), strong_words(i)
+    if words:
+        run = strong(run, words, reads=False, writes=True)
+    e.call(run, _address(i, e, a, space), *sources)
 
 
 @instruction("cvta")

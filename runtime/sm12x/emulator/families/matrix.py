@@ -132,7 +132,10 @@ def ldmatrix(i: Instruction, e: Emitter) -> None:
 
     def run(w: Warp, address: Array) -> Array:
         chosen = address if rows == 32 else address[:rows]
-        return fragments(w.cta.shared.load_rows(chosen, size))
+        found = fragments(w.cta.shared.load_rows(chosen, size))
+        if w.cta.races is not None:
+            w.cta.races.load_rows(w, chosen, size)
+        return found
 
     name = e.temporary()
     e.line(f"{name} = {e.bind(run)}(w, {e.address(i.operands[1])})")
@@ -157,6 +160,8 @@ def stmatrix(i: Instruction, e: Emitter) -> None:
 
     def run(w: Warp, address: Array, *registers: Array) -> None:
         w.cta.shared.store_rows(address[:rows], row_bytes(np.array(registers)))
+        if w.cta.races is not None:
+            w.cta.races.store_rows(w, address[:rows])
 
     e.line(
         f"{e.bind(run)}(w, {', '.join((e.address(i.operands[0]), *(e.value(v, 'b32').u for v in values)))})"

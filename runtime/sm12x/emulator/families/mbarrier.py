@@ -85,7 +85,9 @@ def transaction(i: Instruction, e: Emitter) -> None:
     e.call(run, e.address(i.operands[0]), e.value(i.operands[1], "u32").u)
 
 
-def _arrival(space: str, *, expect: bool, drop: bool, completes: bool, keep: bool) -> Callable[..., Array]:
+def _arrival(
+    space: str, *, expect: bool, drop: bool, completes: bool, keep: bool, releases: bool
+) -> Callable[..., Array]:
     """`(w, s, lanes, address, number)` -> the state before each lane's arrival, if anybody wants to `keep`
     it. `number` is the transaction bytes where `expect`, else the count of arrivals; None for one.
     """
@@ -96,6 +98,8 @@ def _arrival(space: str, *, expect: bool, drop: bool, completes: bool, keep: boo
         numbers = [1] * len(addresses) if number is None else _values(lanes, number)
         if not keep and not drop and completes and addresses.count(addresses[0]) == len(addresses):
             barrier = cta.mbarrier(addresses[0])
+            if releases and cta.races is not None:
+                cta.races.order.arrived(w, lanes, barrier)
             if expect:
                 cta.mbarrier_expect(barrier, sum(numbers))
             cta.mbarrier_arrive(barrier, len(numbers) if expect else sum(numbers))
@@ -104,6 +108,8 @@ def _arrival(space: str, *, expect: bool, drop: bool, completes: bool, keep: boo
         for at, (where, value) in enumerate(zip(addresses, numbers, strict=True)):
             barrier = cta.mbarrier(where)
             found[at] = _state(barrier)
+            if releases and cta.races is not None:
+                cta.races.order.arrived(w, np.array([at if lanes is None else lanes[at]]), barrier)
             count = 1 if expect else value
             if expect:
                 cta.mbarrier_expect(barrier, value)
@@ -137,6 +143,7 @@ def arrive(i: Instruction, e: Emitter) -> None:
         drop=i.opcode[1] == "arrive_drop",
         completes=not i.has("noComplete"),
         keep=not isinstance(d, Sink),
+        releases=not i.has("relaxed"),
     )
     lanes = e.lanes()
     numbers = [e.value(operand, "u32").u for operand in operands[1:]]
@@ -157,12 +164,24 @@ def _completed(barrier: Mbarrier, operand: int, parity: bool) -> bool:
     return barrier.phase != operand >> 20
 
 
-def _try_wait(space: str, parity: bool) -> Callable[..., Any]:
+def _see(w: Warp, lanes: Array | None, addresses: list[int], flags: Array) -> Array:
+    """Lanes whose flag is set have seen the end of a phase; gives the flags."""
+    races = w.cta.races
+    if races is not None:
+        for at, (address, flag) in enumerate(zip(addresses, flags.tolist(), strict=True)):
+            if flag:
+                races.order.saw(w, np.array([at if lanes is None else lanes[at]]), w.cta.mbarrier(address))
+    return flags
+
+
+def _try_wait(space: str, parity: bool, acquires: bool) -> Callable[..., Any]:
     def run(w: Warp, _s: Split, lanes: Array | None, address: Array, operand: Array) -> Any:
         addresses, wanted = _each(space, lanes, address), _values(lanes, operand)
         first = w.cta.mbarrier(addresses[0])
         if addresses.count(addresses[0]) == len(addresses) == wanted.count(wanted[0]):  # the lanes agree
             if _completed(first, wanted[0], parity):
+                if acquires and w.cta.races is not None:
+                    w.cta.races.order.saw(w, lanes, first)
                 return ALL if lanes is None else ALL[lanes]
             if w.cta.grid.scheduler.chance(_GIVES_UP):
                 return NONE if lanes is None else NONE[lanes]
@@ -172,16 +191,18 @@ def _try_wait(space: str, parity: bool) -> Callable[..., Any]:
             for at, value in zip(addresses, wanted, strict=True)
         ]
         if any(flags) or w.cta.grid.scheduler.chance(_GIVES_UP):
-            return np.array(flags)
+            return _see(w, lanes, addresses, np.array(flags)) if acquires else np.array(flags)
         return Wait("mbarrier", first.queue, lambda: str(first))
 
     return run
 
 
-def _test_wait(space: str, parity: bool) -> Callable[..., Array]:
+def _test_wait(space: str, parity: bool, acquires: bool) -> Callable[..., Array]:
     def run(w: Warp, _s: Split, lanes: Array | None, address: Array, operand: Array) -> Array:
-        pairs = zip(_each(space, lanes, address), _values(lanes, operand), strict=True)
-        return np.array([_completed(w.cta.mbarrier(at), value, parity) for at, value in pairs])
+        addresses = _each(space, lanes, address)
+        pairs = zip(addresses, _values(lanes, operand), strict=True)
+        flags = np.array([_completed(w.cta.mbarrier(at), value, parity) for at, value in pairs])
+        return _see(w, lanes, addresses, flags) if acquires else flags
 
     return run
 
@@ -194,8 +215,9 @@ def wait(i: Instruction, e: Emitter) -> None:
     d, a, operand = i.operands[:3]
     lanes = e.lanes()
     arguments = (e.address(a), e.value(operand, "u32" if parity else "b64").u)
+    acquires = not i.has("relaxed")
     if tries:
-        found = e.wait_call(_try_wait(space, parity), *arguments)
+        found = e.wait_call(_try_wait(space, parity, acquires), *arguments)
     else:
-        found = e.call(_test_wait(space, parity), *arguments, result=True)
+        found = e.call(_test_wait(space, parity, acquires), *arguments, result=True)
     e.put(d, "pred", found, lanes)

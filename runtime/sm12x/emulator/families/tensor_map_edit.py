@@ -8,7 +8,7 @@ from .. import tensor_map
 from ..cta import Cta
 from ..emitter import Emitter
 from ..errors import Fault
-from ..memory import SHARED_WINDOW, WINDOW_BYTES, Array, Region
+from ..memory import SHARED_BASE, SHARED_WINDOW, WINDOW_BYTES, Array, Region
 from ..ptx.ir import Immediate, Instruction
 from ..registry import instruction, unsupported
 from ..spaces import aligned, shared_address, space_of, uniform
@@ -50,8 +50,18 @@ def replace(i: Instruction, e: Emitter) -> None:
             except ValueError as error:
                 raise Fault("tensor map", str(error), (int(lane),)) from error
             region.data[span] = np.frombuffer(content, np.uint8)
+            if region is w.cta.shared and w.cta.races is not None:
+                _map_edited(w, int(lane), span)
 
     e.call(run, e.address(i.operands[0]), e.value(i.operands[-1], kind).u)
+
+
+def _map_edited(w: Warp, lane: int, span: slice) -> None:
+    """A lane has read and written a whole tensor map, so far as races go."""
+    assert w.cta.races is not None
+    address, one = np.array([SHARED_BASE + span.start]), np.array([lane])
+    w.cta.races.load(w, one, address, tensor_map.SIZE)
+    w.cta.races.store(w, one, address, tensor_map.SIZE)
 
 
 @instruction("tensormap.cp_fenceproxy", yields=True)
@@ -73,5 +83,8 @@ def _copy(w: Warp, s: Split, lanes: Array | None, to: Array, source: Array) -> N
     region, read = _place(w.cta, "shared", shared_address(source, lanes, "shared"))
     if np.count_nonzero(region.shadow[read]):
         raise Fault("uninitialised", "the tensor map to copy was never wholly written")
+    if w.cta.races is not None:
+        rows = SHARED_BASE + read.start + 16 * np.arange(tensor_map.SIZE // 16)
+        w.cta.races.load_rows(w, rows, 16)
     target.data[span] = region.data[read]
     target.shadow[span] = 0

@@ -286,14 +286,23 @@ def _match_all(a: Array, members: Array, executing: Array) -> tuple[Array, Array
 
 @instruction("bar.warp.sync", "barrier.warp.sync", blocks=True)
 def bar_warp_sync(i: Instruction, e: Emitter) -> None:
-    """The lanes named wait for each other; memory is ordered anyway."""
+    """The lanes named wait for each other."""
     _gather(i, e, i.operands[0])
     if e.mask is None:
+        e.line(f"{e.bind(_order)}(w, None)")
         return
-    e.line(f"{e.bind(_named)}({e.mask}, {e.value(i.operands[0], 'b32').u})")
+    e.line(f"{e.bind(_named)}(w, {e.mask}, {e.value(i.operands[0], 'b32').u})")
 
 
-def _named(executing: Array, members: Array) -> None:
+def _order(w: Warp, lanes: Array | None) -> None:
+    """What the lanes did happened before what any of them does next."""
+    if w.cta.races is not None:
+        w.cta.races.order.meet(w, lanes)
+
+
+def _named(w: Warp, executing: Array, members: Array) -> None:
+    for lanes in _groups(members, executing):
+        _order(w, lanes)
     outside = np.flatnonzero(executing & ((members & LANE_BITS) == 0))
     if len(outside):
         raise Fault(
