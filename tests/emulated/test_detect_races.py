@@ -483,3 +483,13 @@ def test_the_planted_bug_is_found_under_every_seed(name):
         assert violation is not None, caught.value
         assert violation.kind == kind, violation
         assert re.search(pattern, f"{violation.message} {violation.instruction}"), violation
+
+
+def test_the_checker_can_be_left_out():
+    body = PLANTED["a word of another warp is read without a barrier"][0]
+    machine = Machine()
+    memory = machine.memory.allocate(64)
+    text = kernel(BEGIN.format(memory=memory) + planted(body), shared=SHARED)
+    machine.run(text, 1, 64, races=False)
+    with pytest.raises(EmulatorError, match="race"):
+        machine.run(text, 1, 64)

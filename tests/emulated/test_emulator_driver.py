@@ -392,9 +392,9 @@ def test_the_environment_chooses_the_backend(kernels, rng, monkeypatch):
 
 
 def test_the_environment_chooses_the_device(kernels, rng, monkeypatch):
-    for name, value in (("DEVICE", "gb10"), ("SMS", "3"), ("SEED", "9")):
+    for name, value in (("DEVICE", "gb10"), ("SMS", "3"), ("SEED", "9"), ("RACES", "0")):
         monkeypatch.setenv(f"SM12X_EMULATOR_{name}", value)
-    assert emulator.session.options() == emulator.Options("gb10", 3, 9)
+    assert emulator.session.options() == emulator.Options("gb10", 3, 9, races=False)
     device = driver.open_device()
     assert (device.arch, device.sm_count) == ("sm_121a", 3)
     run(packed(rng))
@@ -403,6 +403,7 @@ def test_the_environment_chooses_the_device(kernels, rng, monkeypatch):
         ("SMS", "many", "SM12X_EMULATOR_SMS: expected an integer, got 'many'"),
         ("SMS", "49", "SM12X_EMULATOR_SMS: expected 1 to 48 for gb10, got 49"),
         ("DEVICE", "rtx4090", "SM12X_EMULATOR_DEVICE: expected one of rtx5090"),
+        ("RACES", "2", "SM12X_EMULATOR_RACES: expected 0 or 1, got 2"),
     ):
         with monkeypatch.context() as changed:
             changed.setenv(f"SM12X_EMULATOR_{name}", value)

@@ -319,6 +319,7 @@ class Emulator:
                     memory=self.memory,
                     seed=options.seed,
                     resident=options.resident,
+                    races=options.races,
                     progress=None if watched is None else partial(watched, library.variant),
                 )
             except BaseException:

@@ -26,6 +26,7 @@ class Options:
     resident: CTAs that are let in at a time; None for all of a grid.
     truncate_bits: significant bits to which the sums of MMAs with FP32 accumulators are cut, as hardware is
       reported to with 22; None for sums that are exact but for one rounding.
+    races: whether accesses of shared memory that nothing orders are violations, however they went.
     """
 
     device: str = devices.DEFAULT
@@ -33,6 +34,7 @@ class Options:
     seed: int = 0
     resident: int | None = None
     truncate_bits: int | None = None
+    races: bool = True
 
     def __post_init__(self) -> None:
         gpu = devices.find(self.device)
@@ -42,6 +44,8 @@ class Options:
             raise ValueError(f"seed: expected at least 0, got {self.seed}")
         if self.resident is not None and self.resident < 1:
             raise ValueError(f"resident: expected at least 1, got {self.resident}")
+        if self.races not in (False, True):
+            raise ValueError(f"races: expected 0 or 1, got {self.races}")
         if self.truncate_bits is not None and not 1 <= self.truncate_bits <= 24:
             raise ValueError(f"truncate_bits: expected 1 to 24, got {self.truncate_bits}")
 
@@ -84,7 +88,8 @@ def active() -> Session | None:
 def options() -> Options:
     """The options in force: those of the session, else those of the environment.
 
-    SM12X_EMULATOR_DEVICE, _SMS, _SEED, _RESIDENT and _TRUNCATE_BITS. Raises ValueError naming the variable.
+    SM12X_EMULATOR_DEVICE, _SMS, _SEED, _RESIDENT, _TRUNCATE_BITS and _RACES (0 or 1). Raises ValueError
+    naming the variable.
     """
     session = _active.get()
     if session is not None:
