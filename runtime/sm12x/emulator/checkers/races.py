@@ -127,7 +127,7 @@ class Races:
         pieces = self._pieces(address.astype(np.int64) - SHARED_BASE, size).ravel()
         self._after_writes(party, pieces, "read of")
         reads = self._of(w.index)
-        if reads.masks or reads.older is not None:
+        if reads.by_lanes:
             self._keep(reads, w.index, None, pieces)
         reads.stamp[pieces] = shadow.stamp(self.clocks.now[w.index], shadow.COLLECTIVE)
         reads.line[pieces] = self._line()
@@ -147,27 +147,27 @@ class Races:
         return found
 
     def _stamp_reads(self, warp: int, lanes: Array | None, pieces: Array, line: int) -> None:
-        reads, now = self._of(warp), self.clocks.now[warp]
-        chosen = self.clocks.threads_of(0, lanes)
+        reads = self._of(warp)
         flags = shadow.STRONG if self.strong is not None else 0
-        if len(np.unique(pieces)) < pieces.size:
-            flags |= shadow.MANY
         self._keep(reads, warp, lanes, pieces)
-        reads.add_mask(now, chosen)
-        reads.stamp[pieces] = np.uint32(shadow.stamp(now, flags)) | shadow.lane_bits(chosen)[:, None]
-        reads.line[pieces] = line
+        bits = shadow.bits_of(self.clocks.threads_of(0, lanes))[:, None]
+        reads.put(pieces, bits, self.clocks.now[warp], flags, line)
 
     def _keep(self, reads: shadow.Reads, warp: int, lanes: Array | None, pieces: Array) -> None:
-        """Before new reads take the place of old ones by other lanes that they are not ordered behind."""
+        """Before new reads take the place of older ones by other lanes that they are not ordered behind."""
         old = reads.stamp[pieces]
-        threads = self.clocks.known[self.clocks.threads_of(warp, lanes), HAPPENED, 32 * warp : 32 * warp + 32]
-        if pieces.ndim == 1:  # by the whole warp: what all lanes know
-            known = threads.min(axis=0)[shadow.lane_of(old)]
-        else:
-            known = np.take_along_axis(threads, shadow.lane_of(old).astype(np.int64), axis=1)
-        lost = (old != 0) & (old & np.uint32(shadow.COLLECTIVE) == 0) & (shadow.time_of(old) > known)
+        by_lanes = (old != 0) & (old & np.uint32(shadow.COLLECTIVE) == 0)
+        if pieces.ndim == 2:  # those of the same time stay
+            by_lanes &= shadow.time_of(old) != self.clocks.now[warp]
+        if not by_lanes.any():
+            return
+        rows = self.clocks.known[self.clocks.threads_of(warp, lanes), HAPPENED, 32 * warp : 32 * warp + 32]
+        rows = rows if pieces.ndim == 2 else rows.min(axis=0)[None]
+        grid = pieces if pieces.ndim == 2 else pieces[None]
+        known = shadow.known_of(rows, reads.lanes[grid]).reshape(pieces.shape)
+        lost = by_lanes & (shadow.time_of(old) > known)
         if lost.any():
-            reads.keep(pieces[lost], old[lost], reads.line[pieces[lost]])
+            reads.keep(np.unique(pieces[lost]))
 
     # The two questions
 
@@ -214,53 +214,36 @@ class Races:
         if pieces.ndim == 1:
             rows = rows.min(axis=0)[None]
         grid = stamps if stamps.ndim == 2 else stamps[None]
-        known = np.take_along_axis(rows, shadow.lane_of(grid).astype(np.int64), axis=1)
         if party.warp == warp and party.rows is None:
             together = np.uint32(0xFFFFFFFF)  # it took part itself
         else:
             together = rows.max(axis=1)[:, None]
-        known = np.where(grid & np.uint32(shadow.COLLECTIVE), together, known)
-        many = grid & np.uint32(shadow.MANY) != 0
-        if many.any():
-            known = known.copy()
-            for time in np.unique(shadow.time_of(grid[many])).tolist():
-                of_all = rows[:, self._reads[warp].masks[time]].min(axis=1)[:, None]
-                known = np.where(many & (shadow.time_of(grid) == time), of_all, known)
-        late = shadow.time_of(grid) > known
+        known = shadow.known_of(rows, self._reads[warp].lanes[pieces].reshape(grid.shape))
+        late = shadow.time_of(grid) > np.where(grid & np.uint32(shadow.COLLECTIVE), together, known)
         if party.collective and party.warp == warp:
             late[:] = False
         if self.strong is not None:
             late &= grid & np.uint32(shadow.STRONG) == 0
         late = late.reshape(stamps.shape)
         if late.any():
-            raise self._read_fault(warp, pieces, late, lines[pieces], what, stamps)
+            raise self._read_fault(warp, pieces, late, lines[pieces], what)
 
     def _after_older(self, party: Party, warp: int, pieces: Array, what: str) -> None:
         """As `_after_lanes`, for reads whose place others took."""
         reads = self._reads[warp]
         assert reads.older is not None
-        kept, stamps, lines = reads.older
-        flat = pieces.ravel()
-        order = np.argsort(flat, kind="stable")
-        at = np.searchsorted(flat[order], kept).clip(max=len(flat) - 1)
-        hit = flat[order][at] == kept
-        if not hit.any():
-            return
-        item = order[at[hit]]
-        column = pieces.shape[1] if pieces.ndim == 2 else len(flat)
-        spread = self._rows(party)[:, HAPPENED, 32 * warp : 32 * warp + 32]
-        rows = spread[item // column] if pieces.ndim == 2 and len(spread) > 1 else spread.min(axis=0)[None]
-        known = np.take_along_axis(
-            np.broadcast_to(rows, (len(item), 32)),
-            shadow.lane_of(stamps[hit]).astype(np.int64)[:, None],
-            axis=1,
-        )[:, 0]
-        late = shadow.time_of(stamps[hit]) > known
-        if self.strong is not None:
-            late &= stamps[hit] & np.uint32(shadow.STRONG) == 0
-        if late.any() and not (party.collective and party.warp == warp):
-            raise self._read_fault(warp, kept[hit], late, lines[hit], what, stamps[hit])
-        reads.forget(flat)
+        kept, stamps, masks, lines = reads.older
+        mine = self._rows(party)[:, HAPPENED, 32 * warp : 32 * warp + 32]
+        for number, row in enumerate(pieces) if pieces.ndim == 2 else [(None, pieces)]:
+            hit = np.isin(kept, row)
+            if hit.any():
+                rows = mine.min(axis=0)[None] if number is None else mine[number : number + 1]
+                late = shadow.time_of(stamps[hit]) > shadow.known_of(rows, masks[hit][None])[0]
+                if self.strong is not None:
+                    late &= stamps[hit] & np.uint32(shadow.STRONG) == 0
+                if late.any() and not (party.collective and party.warp == warp):
+                    raise self._read_fault(warp, kept[hit], late, lines[hit], what)
+        reads.forget(pieces)
 
     def _rows(self, party: Party) -> Array:
         if party.rows is not None:
@@ -346,9 +329,7 @@ class Races:
             )
         return Fault("race", f"{what} {where}, which {writer} wrote at {line}: {_LATE}", lanes)
 
-    def _read_fault(
-        self, agent: int, pieces: Array, late: Array, lines: Array, what: str, stamps: Array | None = None
-    ) -> Fault:
+    def _read_fault(self, agent: int, pieces: Array, late: Array, lines: Array, what: str) -> Fault:
         at = int(pieces[late][0])
         line = self._text(int(lines[late][0]))
         where = f"shared memory at {SHARED_BASE + at * self._grain:#x}"
@@ -358,10 +339,7 @@ class Races:
                 f"{what} {where}, which the bulk copy of {line} may still read: its thread's wait for it "
                 "(cp.async.bulk.wait_group.read) is not ordered before",
             )
-        reader = f"warp {agent}"
-        if stamps is not None and not int(stamps[late][0]) & (shadow.COLLECTIVE | shadow.MANY):
-            reader += f" lane {int(shadow.lane_of(stamps[late][:1])[0])}"
-        return Fault("race", f"{what} {where}, which {reader} read at {line}: {_LATE}")
+        return Fault("race", f"{what} {where}, which warp {agent} read at {line}: {_LATE}")
 
     def _who(self, agent: int) -> str:
         return f"warp {-1 - agent}" if agent < 0 else f"warp {agent // 32} lane {agent % 32}"

@@ -9,23 +9,18 @@ import numpy as np
 
 from ..memory import Array
 
-# A stamp of reads by a warp: time, lane and these. 0: none.
-COLLECTIVE = 1  # the warp read it as one (ldmatrix): its lane does not matter
-MANY = 2  # several lanes did: `Reads.masks` has them
-STRONG = 4  # an atomic or otherwise ordered access
-_LANE = 3
+# A stamp of reads: their time, and these. 0: none.
+COLLECTIVE = 1  # the warp read it as one (ldmatrix): any of its lanes will do
+STRONG = 2  # an atomic or otherwise ordered access
 _TIME = 8
+
+_BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
+_NEVER = np.uint32(0xFFFFFFFF)
 
 
 def stamp(time: int, flags: int) -> int:
-    """The stamp of an access; add `lane_bits`."""
+    """The stamp of an access."""
     return time << _TIME | flags
-
-
-def lane_bits(lanes: Array) -> Array:
-    """What the lanes of an access add to its stamp: uint32 of the same shape."""
-    bits: Array = lanes.astype(np.uint32) << np.uint32(_LANE)
-    return bits
 
 
 def time_of(stamps: Array) -> Array:
@@ -33,9 +28,17 @@ def time_of(stamps: Array) -> Array:
     return time
 
 
-def lane_of(stamps: Array) -> Array:
-    lane: Array = (stamps >> np.uint32(_LANE)) & np.uint32(31)
-    return lane
+def bits_of(lanes: Array) -> Array:
+    """Lanes as uint32 of one bit each."""
+    bits: Array = _BITS[lanes]
+    return bits
+
+
+def known_of(rows: Array, masks: Array) -> Array:
+    """The least that is known of the lanes in each mask: rows (n, 32) or (1, 32), masks (n, k) -> (n, k)."""
+    named = (masks[..., None] & _BITS) != 0
+    least: Array = np.where(named, rows[:, None, :], _NEVER).min(axis=-1)
+    return least
 
 
 class Writes:
@@ -63,33 +66,51 @@ class Writes:
 
 
 class Reads:
-    """Of each piece the last read by one warp, or one other agent, and its instruction. `older` are reads
-    that a later one of the same warp took the place of though nothing orders the two: (pieces, stamps,
-    lines).
+    """Of each piece the last reads by one warp at one time, the lanes that did them as a mask, and the
+    instruction of the last; or those of one other agent. `older` are reads that a later one of the same
+    warp took the place of though nothing orders the two: (pieces, stamps, masks, lines).
     """
 
-    __slots__ = ("line", "masks", "older", "stamp")
+    __slots__ = ("by_lanes", "lanes", "line", "older", "stamp")
 
     def __init__(self, pieces: int) -> None:
         self.stamp: Array = np.zeros(pieces, np.uint32)
+        self.lanes: Array = np.zeros(pieces, np.uint32)
         self.line: Array = np.zeros(pieces, np.int32)
-        self.masks: dict[int, Array] = {}  # by time
-        self.older: tuple[Array, Array, Array] | None = None
+        self.older: tuple[Array, Array, Array, Array] | None = None
+        self.by_lanes = False  # whether there are any but collective reads
 
     def refine(self, factor: int) -> None:
-        self.stamp, self.line = np.repeat(self.stamp, factor), np.repeat(self.line, factor)
+        for name in ("stamp", "lanes", "line"):
+            setattr(self, name, np.repeat(getattr(self, name), factor))
         if self.older is not None:
-            pieces, stamps, lines = self.older
+            pieces, *rest = self.older
             finer = (pieces[:, None] * factor + np.arange(factor)).ravel()
-            self.older = finer, np.repeat(stamps, factor), np.repeat(lines, factor)
+            self.older = finer, *(np.repeat(each, factor) for each in rest)  # type: ignore[assignment]
 
-    def keep(self, pieces: Array, stamps: Array, lines: Array) -> None:
-        """Remember reads whose place is taken."""
+    def put(self, pieces: Array, bits: Array, time: int, flags: int, line: int) -> None:
+        """Lanes, one for each row of pieces (n, k) and as a bit of bits (n, 1), read at a time. Reads at
+        the same time stay.
+        """
+        self.by_lanes = True
+        old = self.stamp[pieces]
+        same = time_of(old) == time
+        if flags & STRONG and np.count_nonzero(same & (old & np.uint32(STRONG) == 0)):
+            flags &= ~STRONG
+        self.lanes[pieces] = np.where(
+            same & (old & np.uint32(COLLECTIVE) == 0), self.lanes[pieces], np.uint32(0)
+        )
+        np.bitwise_or.at(self.lanes, pieces, np.broadcast_to(bits, pieces.shape))
+        self.stamp[pieces] = stamp(time, flags)
+        self.line[pieces] = line
+
+    def keep(self, pieces: Array) -> None:
+        """Remember the reads of some pieces, whose place is going to be taken."""
+        found = pieces, self.stamp[pieces], self.lanes[pieces], self.line[pieces]
         if self.older is not None:
-            pieces = np.concatenate([self.older[0], pieces])
-            stamps = np.concatenate([self.older[1], stamps])
-            lines = np.concatenate([self.older[2], lines])
-        self.older = pieces, stamps, lines
+            pairs = zip(self.older, found, strict=True)
+            found = tuple(np.concatenate(pair) for pair in pairs)  # type: ignore[assignment]
+        self.older = found
 
     def forget(self, pieces: Array) -> None:
         """A write that all these reads happened before has come: whoever is ordered behind it is behind
@@ -98,7 +119,3 @@ class Reads:
         if self.older is not None:
             left = ~np.isin(self.older[0], pieces)
             self.older = tuple(each[left] for each in self.older) if left.any() else None  # type: ignore[assignment]
-
-    def add_mask(self, time: int, lanes: Array) -> None:
-        known = self.masks.get(time)
-        self.masks[time] = lanes if known is None else np.union1d(known, lanes)
