@@ -31,6 +31,7 @@ class Model:
         self.fenced = {t: frozenset() for t in self.threads}
         self.accesses = []  # (event, byte, writes, owner, collective)
         self.published = {}
+        self.overwritten = {}  # by warp and byte: what happened before the warp's last write there
         self.event = 0
 
     def meet(self, threads):
@@ -66,6 +67,8 @@ class Model:
                 ordered = all(event in known(o) for o in by) or (not copy and together == by[0][0])
             else:
                 ordered = all(event in known(o) or owner == o for o in by)
+            if collective is not None and writes and wrote:  # or before the warp's own write there
+                ordered = ordered or event in self.overwritten.get((collective, byte), ())
             if ordered and proxied is not None and wrote and owner[0] != "copy":
                 ordered = event in proxied
             if not ordered:
@@ -159,6 +162,8 @@ class History:
         for t, word in zip(threads, words, strict=True):
             m.event += 1
             m.accesses.append((m.event, word, writes, t, None))
+            if writes:
+                m.overwritten[w, word] = m.before[t]
             m.before[t] |= {m.event}
         return found, wrong
 

@@ -204,6 +204,8 @@ class Races:
                     self._after_older(party, agent, pieces, what)
             else:
                 late = shadow.time_of(stamps) > party.view.happened[agent]
+                if pieces.ndim == 2 and late.any():  # which thread's piece it is matters
+                    late &= shadow.time_of(stamps) > self._rows(party)[:, HAPPENED, agent, None]
                 if late.any():
                     raise self._read_fault(agent, pieces, late, reads.line[pieces], what)
 
