@@ -46,7 +46,18 @@ class StandIn:
         return SimpleNamespace(ir=SimpleNamespace(kernels=dict.fromkeys(names)), kernel=kernel)
 
     def launch(
-        self, program, grid, block, shared_bytes, parameters, *, memory, seed, resident=None, progress=None
+        self,
+        program,
+        grid,
+        block,
+        shared_bytes,
+        parameters,
+        *,
+        memory,
+        seed,
+        resident=None,
+        progress=None,
+        counts=None,
     ):
         self.seeds.append(seed)
         self.residents.append(resident)

@@ -13,6 +13,7 @@ from .scheduler import Scheduler
 from .warp import Split
 
 if TYPE_CHECKING:
+    from .collector import Collector
     from .compiler import Program
 
 
@@ -34,9 +35,10 @@ class Grid:
         limit: int,
         number: int,
         resident: int | None = None,
+        counts: Collector | None = None,
     ) -> None:
         self.program, self.memory, self.size, self.block = program, memory, size, block
-        self.shared_bytes, self.number = shared_bytes, number
+        self.shared_bytes, self.number, self.counts = shared_bytes, number, counts
         self.parameters = Region(0, max(len(parameters), 1), "kernel parameters", read_only=True)
         self.parameters.data[: len(parameters)] = np.frombuffer(parameters, np.uint8)
         self.parameters.shadow[:] = 0
@@ -62,6 +64,8 @@ class Grid:
 
     def cta_ended(self, cta: Cta) -> None:
         """A CTA has ended, which makes room for another."""
+        if self.counts is not None:
+            self.counts.cta_ended(cta.visits)  # the segment that ends a CTA has no instructions
         cta.release()
         self.running -= 1
         if self.outside:

@@ -77,6 +77,7 @@ def atom(i: Instruction, e: Emitter) -> None:
         sources.pop()
     lanes = e.lanes()
     values = [e.value(source, kind).u for source in sources]
+    e.observe(space_of(i), e.address(a))
     found = e.call(_atomic(space_of(i), name, kind), e.address(a), *values, result=True)
     e.put(d, kind, found, lanes)
 
@@ -89,4 +90,5 @@ def red(i: Instruction, e: Emitter) -> None:
     if name in ("exch", "cas"):
         raise unsupported(i)
     a, b = i.operands[:2]
+    e.observe(space_of(i), e.address(a))
     e.call(_atomic(space_of(i), name, kind), e.address(a), e.value(b, kind).u)

@@ -133,6 +133,7 @@ def ld(i: Instruction, e: Emitter) -> None:
     space, count, kind = _access(i)
     d, a = i.operands[:2]
     lanes = e.lanes()
+    e.observe(space, _address(i, e, a, space))
     found = e.call(loader(space, TYPE_BITS[kind] // 8, count), _address(i, e, a, space), result=True)
     if count == 1:
         return e.put(d, kind, found, lanes)
@@ -153,6 +154,7 @@ def st(i: Instruction, e: Emitter) -> None:
     if len(values) != count:
         raise unsupported(i, f"expected {count} sources")
     sources = [e.value(value, kind).u for value in values]
+    e.observe(space, _address(i, e, a, space))
     e.call(storer(space, TYPE_BITS[kind] // 8, count), _address(i, e, a, space), *sources)
 
 

@@ -115,6 +115,16 @@ def _form(i: Instruction) -> tuple[str, str, bool, str, str | None]:
     return words[0], number, i.has("trans"), words[1], words[2] if len(words) == 3 else None
 
 
+def rows_of(i: Instruction) -> tuple[int, int]:
+    """Rows that an ldmatrix or stmatrix touches, at the addresses of the first lanes, and bytes of each."""
+    shape, number, trans, kind, source = _form(i)
+    if i.opcode[0] == "stmatrix":
+        stored = matrix_numerics.stmatrix(shape, number, trans, kind)
+        return stored.rows, stored.bytes_per_row
+    loaded = matrix_numerics.ldmatrix(shape, number, trans, kind, source)
+    return loaded.rows, loaded.bytes_per_row
+
+
 @instruction("ldmatrix.sync.aligned")
 def ldmatrix(i: Instruction, e: Emitter) -> None:
     shape, number, trans, kind, source = _form(i)
@@ -134,6 +144,7 @@ def ldmatrix(i: Instruction, e: Emitter) -> None:
         chosen = address if rows == 32 else address[:rows]
         return fragments(w.cta.shared.load_rows(chosen, size))
 
+    e.observe("shared", e.address(i.operands[1]))
     name = e.temporary()
     e.line(f"{name} = {e.bind(run)}(w, {e.address(i.operands[1])})")
     for at, element in enumerate(d):
@@ -158,6 +169,7 @@ def stmatrix(i: Instruction, e: Emitter) -> None:
     def run(w: Warp, address: Array, *registers: Array) -> None:
         w.cta.shared.store_rows(address[:rows], row_bytes(np.array(registers)))
 
+    e.observe("shared", e.address(i.operands[0]))
     e.line(
         f"{e.bind(run)}(w, {', '.join((e.address(i.operands[0]), *(e.value(v, 'b32').u for v in values)))})"
     )
