@@ -30,8 +30,8 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """The demo's workload at sizes that take milliseconds."""
-    monkeypatch.setattr(workload, "K", 64)
-    monkeypatch.setattr(workload, "N", 48)
+    for name, size in (("K", 64), ("N", 48), ("EMULATED_K", 64), ("EMULATED_N", 48)):
+        monkeypatch.setattr(workload, name, size)
 
 
 def test_json_on_a_machine_without_a_gpu_is_one_object(no_gpu, small, capsys):

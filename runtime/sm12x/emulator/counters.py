@@ -121,6 +121,12 @@ class Counters:
     def multiply_adds(self) -> int:
         return sum(self.work.multiply_adds.values())
 
+    @property
+    def requested_bytes(self) -> int:
+        """Bytes of global memory that threads and copies asked for, as often as they did."""
+        by_threads = sum(each.bytes for each in self.global_memory.values())
+        return by_threads + sum(each.global_bytes for each in self.copies.values())
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: fields, and what follows from them."""
         found = asdict(self)
