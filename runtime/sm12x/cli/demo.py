@@ -1,8 +1,8 @@
 """``python -m sm12x demo``: an FP8 mixture-of-experts projection from BF16 data to a checked result.
 
 gemma-4-26B-A4B's first expert projection: BF16 activations and weights quantised per token and per channel to
-e4m3, as FP8-Dynamic checkpoints are, routed by a top-8 router, through ``sm12x.grouped_gemm``. Without a GPU the
-same kernels run in the emulator, on a smaller problem.
+e4m3, as FP8-Dynamic checkpoints are, routed by a top-8 router, through ``sm12x.grouped_gemm``. Without a GPU
+the same kernels run in the emulator, on a smaller problem.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         report, lines = (
             _emulated(workload, show_progress) if problem else _on_gpu(workload, args.seed, show_progress)
         )
-    except (sm12x.CudaError, sm12x.CubinError, emulator.EmulatorError, ValueError) as error:
+    except (sm12x.CudaError, sm12x.CubinError, emulator.EmulatorError) as error:
         return _failed(args, f"{type(error).__name__}: {error}")
     _say(args, lines)
     if args.json:
@@ -104,9 +104,9 @@ def _why_no_gpu(problem: Finding) -> list[str]:
     return [
         f"no GPU is used. {problem.check}: {problem.detail}",
         f"   -> {problem.remedy}" if problem.remedy else "   -> `python -m sm12x doctor` says more",
-        "the same kernels run in the emulator: their PTX on this CPU, instruction by instruction, on a smaller "
-        f"problem (K {work.EMULATED_K} and N {work.EMULATED_N} for {work.K} and {work.N}). No time of it says "
-        "anything about a GPU.",
+        "the same kernels run in the emulator, their PTX on this CPU instruction by instruction, on a "
+        f"smaller problem: K {work.EMULATED_K} and N {work.EMULATED_N} instead of {work.K} and {work.N}",
+        "no time of the emulator says anything about a GPU",
     ]
 
 
@@ -159,7 +159,7 @@ def _emulated(workload: work.Workload, show_progress: bool) -> tuple[dict[str, A
     lines = [
         f"backend    emulator on the CPU, as if it were an {devices.find(session.options.device).name}",
         *(f"launch     {launch.variant} ({launch.arch})" for launch in session.launches),
-        f"time       {seconds:.2f} s to emulate, which says nothing about a GPU",
+        f"time       {seconds:.2f} s to emulate, no GPU's time",
         _error_line(error, "all experts"),
     ]
     return _report(workload, "emulator", device, variant, seconds * 1e6, error), lines

@@ -229,7 +229,7 @@ def _described(session: emulator.Session) -> list[dict[str, Any]]:
             "emulation_seconds": round(launch.seconds, 3),
             "segments": launch.result.segments,
             "operations": launch.result.operations,
-            "counters": None if launch.result.counters is None else launch.result.counters.to_dict(),
+            "counters": None if launch.counters is None else launch.counters.to_dict(),
         }
         for launch in session.launches
     ]

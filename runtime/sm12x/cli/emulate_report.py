@@ -32,7 +32,7 @@ class Account:
 
 def account(session: Session, gpu: Gpu, sms: int | None) -> Account | None:
     """What the launches of a session come to; None where one of them has no counters."""
-    found = [(launch.variant, launch.result.counters) for launch in session.launches]
+    found = [(launch.variant, launch.counters) for launch in session.launches]
     counted = [(variant, counters) for variant, counters in found if counters is not None]
     if not counted or len(counted) != len(found):
         return None

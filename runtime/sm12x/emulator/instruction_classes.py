@@ -58,7 +58,7 @@ def surely_issues(i: Instruction, kind: str) -> bool:
     if _WAITS.intersection(i.opcode):
         return False
     if kind == "barriers":
-        return i.opcode[0] in ("bar", "barrier") and i.opcode[1] != "warp"
+        return i.opcode[0] in ("bar", "barrier")
     return kind in _SURE or kind == "mbarrier" or i.opcode[0] in _SURE_OPCODES
 
 

@@ -13,6 +13,7 @@ from . import devices
 from .touched import Touched
 
 if TYPE_CHECKING:
+    from .counters import Counters
     from .launch import LaunchResult
 
 
@@ -62,6 +63,11 @@ class Launch:
     shared_memory: int
     seconds: float
     result: LaunchResult
+
+    @property
+    def counters(self) -> Counters | None:
+        """What the launch did, where `Options.counters` asked for it."""
+        return self.result.counters
 
 
 @dataclass(slots=True)
