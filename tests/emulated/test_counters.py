@@ -440,3 +440,48 @@ AGAIN:
     """)
     with pytest.raises(EmulatorError, match=r"4-byte read at .*: 0 bytes past the end of source"):
         machine.run(text, 1, 32)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_who_is_woken_in_vain_still_waits_once(seed):
+    """Four copies, each of which wakes the thread that waits for all of them."""
+    machine = Machine()
+    source = machine.upload(np.zeros(1024, np.uint8), "source")
+    copies = "\n".join(f"cp.async.cg.shared.global [%r1+{at}], [%rd1+{at}], 16;" for at in (0, 16, 32, 48))
+    text = kernel(f"mov.u64 %rd1, {source};\nmov.b32 %r1, box;\n{copies}\ncp.async.wait_all;", shared=BOX)
+    waits = counters(text, threads=1, seed=seed, machine=machine).waits["copies"]
+    assert (waits.waited, waits.at_once) in ((1, 0), (0, 1))
+
+
+def test_the_main_loop_is_the_innermost_with_an_mma():
+    """In a loop over tiles: a loop without an MMA, the main loop with a wait in it, an MMA behind it."""
+    mma = "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32"
+    operands = "{%f1, %f2, %f3, %f4}, {%r10, %r11}, {%r12}, {%f1, %f2, %f3, %f4}"
+
+    def at(offset):
+        return f"st.shared.b32 [%r2+{offset}], %r1;"
+
+    def loop(label, register, body):
+        return f"""
+    mov.b32 %r{register}, 0;
+{label}:
+    {body}
+    add.u32 %r{register}, %r{register}, 1;
+    setp.lt.u32 %p1, %r{register}, 3;
+    @%p1 bra {label};
+    """
+
+    wait = f"SPIN:\n{at(1024)}\nsetp.gt.u32 %p2, %r1, 40;\n@%p2 bra SPIN;"
+    body = at(0) + loop("FIRST", 5, at(4)) + loop("MAIN", 6, f"{at(8)}{mma} {operands};{wait}{at(12)}")
+    text = kernel(
+        "mov.u32 %r1, %laneid;\nshl.b32 %r2, %r1, 5;\nmov.b32 %r3, box;\nadd.u32 %r2, %r2, %r3;"
+        + loop("TILES", 7, body + at(16) + f"{mma} {operands};"),
+        shared=BOX,
+    )
+    found = counters(text)
+    looped = {line.text.split("]")[0].split("[")[1]: line.main_loop for line in found.by_line}
+    in_loop = {"%r2+8", "%r2+1024", "%r2+12"}
+    assert looped == {where: where in in_loop for where in looped}
+    assert in_loop < looped.keys() and len(looped) == 6
+    assert found.main_loop_conflicts == 3 * 3 * 3 * 7
+    assert found.shared_memory["st"].conflicts > found.main_loop_conflicts

@@ -122,7 +122,7 @@ def test_json_has_counters_floor_and_how_far_it_is_from_the_least(shipped, capsy
     terms = [floor["memory_us"], floor["mma_us"], floor["issue_us"]]
     assert found["floor_us"] == floor["floor_us"] == max(terms) > 0
     assert floor["mma_plain_us"] is None
-    assert floor["note"] == "a bound from counted work, not a measurement"
+    assert floor["note"] == "a bound from counted work with a cold L2, not a measurement"
     assert [launch["variant"] for launch in floor["launches"]] == [
         launch["variant"] for launch in found["launches"]
     ]
@@ -145,7 +145,7 @@ def test_the_text_has_them_for_each_launch_and_the_call(shipped, capsys):
     assert printed.count("floor      ") == 3
     assert "floor      whole call: " in printed
     assert "with the plain MMA" in printed
-    assert "a bound from counted work, not a measurement: 1792 GB/s" in printed
+    assert "a bound from counted work with a cold L2, not a measurement: 1792 GB/s" in printed
     assert "of multiply-adds are the problem's" in printed
     assert "no bank conflicts" in printed
     assert "2048 FLOP per clock and SM (measured by others)" in printed

@@ -10,7 +10,7 @@ from sm12x.emulator.counters import Counters, total
 from sm12x.emulator.devices import Gpu
 from sm12x.emulator.floor import WARPS_PER_CLOCK, Floor, floor_of
 
-NOTE = "a bound from counted work, not a measurement"
+NOTE = "a bound from counted work with a cold L2, not a measurement"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,10 @@ def _conflicts(counters: Counters) -> str:
         return "no bank conflicts"
     worst = max(counters.by_line, key=lambda line: line.conflicts)
     each = ", ".join(f"{name} {count}" for name, count in found.items())
-    return f"bank conflicts: {each}; most at PTX line {worst.line}, {worst.conflicts}: {worst.text}"
+    return (
+        f"bank conflicts: {each}; {counters.main_loop_conflicts} of them in the main loop; most at PTX line "
+        f"{worst.line}, {worst.conflicts}: {worst.text}"
+    )
 
 
 def _terms(floor: Floor) -> str:

@@ -50,32 +50,14 @@ class Collector:
 
     def begin(self, program: Program, memory: GlobalMemory) -> None:
         """The launch that is to be counted. A collector counts one."""
-        self._program, self._memory = program, memory
-        self._code = program.kernel.instructions
-        self._classes = [
-            classes.class_of(i, entry) for i, entry in zip(self._code, program.entries, strict=True)
-        ]
-        mmas = [classes.mma_of(i) for i in self._code]
-        self._mmas = {at: mma for at, mma in enumerate(mmas) if mma is not None}
-        self._spans = [program.instructions_of(segment) for segment in range(program.segments)]
+        self._memory, self._code, self._profile = memory, program.kernel.instructions, program.profile
         self._visits = np.zeros(program.segments, np.int64)
-        sure = [classes.surely_issues(i, kind) for i, kind in zip(self._code, self._classes, strict=True)]
-        self._issued = np.array([len(span) for span in self._spans])
-        self._sure = np.array([sum(sure[at] for at in span) for span in self._spans])
-        self._forms = {
-            form: np.array([self._multiply_adds(span, form) for span in self._spans])
-            for form in sorted({mma.form for mma in self._mmas.values()})
-        }
-
-    def _multiply_adds(self, span: range, form: str) -> int:
-        found = (self._mmas.get(at) for at in span)
-        return sum(mma.multiply_adds for mma in found if mma is not None and mma.form == form)
 
     # Told while it runs.
 
     def visits(self) -> list[int]:
         """What a new CTA counts its segments in."""
-        return [0] * len(self._spans)
+        return [0] * len(self._profile.spans)
 
     def cta_ended(self, visits: list[int]) -> None:
         """A CTA has counted its last."""
@@ -91,7 +73,7 @@ class Collector:
         """The first instruction of a segment has a split wait, or wait on."""
         if split not in self.waiting:
             self.waiting.add(split)
-            self._waited[self._spans[segment].start] += 1
+            self._waited[self._profile.spans[segment].start] += 1
 
     def polled(self, at: int, split: Split, flags: Array) -> None:
         """Instruction `at` asked a barrier whether its phase is over; `flags` is what lanes were told."""
@@ -139,7 +121,7 @@ class Collector:
     def _line(self, i: Instruction) -> LineCounts:
         found = self._lines.get(i.index)
         if found is None:
-            found = self._lines[i.index] = LineCounts(i.line, i.text)
+            found = self._lines[i.index] = LineCounts(i.line, i.text, i.index in self._profile.main_loop)
         return found
 
     def _look_at(self, at: int) -> None:
@@ -195,18 +177,18 @@ class Collector:
             self._session.follow(self._touched)
         executed = {
             at: int(visits)
-            for span, visits in zip(self._spans, self._visits, strict=True)
+            for span, visits in zip(self._profile.spans, self._visits, strict=True)
             if visits
             for at in span
         }
         instructions: Counter[str] = Counter()
         mma: dict[str, dict[str, int]] = {}
         for at, times in executed.items():
-            instructions[self._classes[at]] += times
-            if at in self._mmas:
-                counts = mma.setdefault(self._mmas[at].name, {"issued": 0, "multiply_adds": 0})
+            instructions[self._profile.classes[at]] += times
+            if at in self._profile.mmas:
+                counts = mma.setdefault(self._profile.mmas[at].name, {"issued": 0, "multiply_adds": 0})
                 counts["issued"] += times
-                counts["multiply_adds"] += times * self._mmas[at].multiply_adds
+                counts["multiply_adds"] += times * self._profile.mmas[at].multiply_adds
         return Counters(
             dict(sorted(instructions.items())),
             self._work(self._visits),
@@ -221,13 +203,13 @@ class Collector:
         )
 
     def _work(self, visits: Array) -> Work:
-        by_form = {form: int(visits @ each) for form, each in self._forms.items()}
-        return Work(int(visits @ self._issued), int(visits @ self._sure), by_form)
+        by_form = {form: int(visits @ each) for form, each in self._profile.multiply_adds.items()}
+        return Work(int(visits @ self._profile.issued), int(visits @ self._profile.sure), by_form)
 
     def _all_waits(self, executed: dict[int, int]) -> dict[str, Waits]:
         found = {name: Waits() for name in ("mbarrier", "named_barrier", "copies")}
         for at, times in executed.items():
-            name = _WAITS.get(self._classes[at])
+            name = _WAITS.get(self._profile.classes[at])
             if name is None or not classes.may_wait(self._code[at]):
                 continue
             waits = found[name]

@@ -7,7 +7,7 @@ where the split has parted or ended, or a Wait.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from types import CodeType
 from typing import Any
 
@@ -18,6 +18,7 @@ from .emitter import DTYPES, Emitter, container
 from .errors import EmulatorError, Fault, Violation
 from .layout import Layout
 from .memory import Region
+from .profile import Profile
 from .ptx.ir import Instruction, Kernel
 from .registry import Entry, lookup
 from .warp import Split, Wait, Warp, diverge, gather, leave, merge
@@ -111,6 +112,11 @@ class Program:
         """The first instruction of a segment; None for the end of the kernel."""
         at = self._starts[segment]
         return self.kernel.instructions[at] if at < len(self.kernel.instructions) else None
+
+    @cached_property
+    def profile(self) -> Profile:
+        """What the counters want to know of the instructions."""
+        return Profile(self)
 
     @property
     def segments(self) -> int:

@@ -74,10 +74,12 @@ class Work:
 
 @dataclass(slots=True)
 class LineCounts:
-    """One PTX instruction that accesses shared or global memory; what does not apply is 0."""
+    """One PTX instruction that accesses shared or global memory; what does not apply is 0. `main_loop`: it is in
+    an innermost loop with an MMA."""
 
     line: int
     text: str
+    main_loop: bool = False
     requests: int = 0
     wavefronts: int = 0
     minimum: int = 0
@@ -116,6 +118,11 @@ class Counters:
     unique_bytes: dict[str, int] = field(default_factory=dict)
     waits: dict[str, Waits] = field(default_factory=dict)
     by_line: list[LineCounts] = field(default_factory=list)
+
+    @property
+    def main_loop_conflicts(self) -> int:
+        """Bank conflicts in main loops."""
+        return sum(line.conflicts for line in self.by_line if line.main_loop)
 
     @property
     def multiply_adds(self) -> int:

@@ -5,7 +5,8 @@ It is a bound: memory, tensor cores and issue slots are each taken to be busy wi
 fill of pipelines, the cost of a launch and the L2 cache are not in it.
 
 - Memory: bytes of global memory that were touched, each once, over the bandwidth of DRAM, as if L2 had held
-  nothing of them before. What an earlier launch of the same call stored does not count as loaded.
+  nothing of them before and kept nothing of what was stored. What an earlier launch of the same call stored
+  does not count as loaded.
 - MMA: multiply-adds that were issued, at the rate of their form and, to compare, at the plain form's.
 - Issue: 4 warp instructions per clock and SM, of the PTX instructions that surely become one
   (`instruction_classes`).
