@@ -482,6 +482,7 @@ def test_the_main_loop_is_the_innermost_with_an_mma():
     looped = {line.text.split("]")[0].split("[")[1]: line.main_loop for line in found.by_line}
     in_loop = {"%r2+8", "%r2+1024", "%r2+12"}
     assert looped == {where: where in in_loop for where in looped}
-    assert in_loop < looped.keys() and len(looped) == 6
+    assert in_loop < looped.keys()
+    assert len(looped) == 6
     assert found.main_loop_conflicts == 3 * 3 * 3 * 7
     assert found.shared_memory["st"].conflicts > found.main_loop_conflicts

@@ -74,8 +74,8 @@ class Work:
 
 @dataclass(slots=True)
 class LineCounts:
-    """One PTX instruction that accesses shared or global memory; what does not apply is 0. `main_loop`: it is in
-    an innermost loop with an MMA."""
+    """One PTX instruction that accesses shared or global memory; what does not apply is 0. `main_loop`: it is
+    in an innermost loop with an MMA."""
 
     line: int
     text: str

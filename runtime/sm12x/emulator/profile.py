@@ -42,8 +42,8 @@ class Profile:
 
 
 def _main_loop(kernel: Kernel, mmas: Iterable[int]) -> frozenset[int]:
-    """Instructions of the loops around MMAs with no smaller such loop in them: a persistent kernel's loop over
-    tiles has an MMA too.
+    """Instructions of the loops around MMAs with no smaller such loop in them: the loop over tiles of a
+    persistent kernel has an MMA too.
     """
     blocks = cfg.build(kernel)
     block_of = {at: n for n, block in enumerate(blocks) for at in range(block.start, block.stop)}
@@ -67,7 +67,7 @@ def _innermost(blocks: list[cfg.Block], nodes: set[int], marked: set[int]) -> se
 
 
 def _reached(blocks: list[cfg.Block], nodes: set[int], start: int, *, forward: bool) -> set[int]:
-    """Blocks within `nodes` to which, or backward from which, a way leads of at least one step from `start`."""
+    """Blocks within `nodes` that a way of at least one step leads to from `start`; backward, comes from."""
     found: set[int] = set()
     stack = [start]
     while stack:
