@@ -148,6 +148,8 @@ def test_the_text_has_them_for_each_launch_and_the_call(shipped, capsys):
     assert "a bound from counted work with a cold L2, not a measurement: 1792 GB/s" in printed
     assert "of multiply-adds are the problem's" in printed
     assert "no bank conflicts" in printed
+    assert "TMA " in printed
+    assert "mbarrier waits: " in printed
     assert "2048 FLOP per clock and SM (measured by others)" in printed
 
 

@@ -84,6 +84,7 @@ def lines(found: Account, least: Least, gpu: Gpu) -> list[str]:
     text = []
     for variant, counters, floor in found.launches:
         text.append(f"counted    {variant}: {_counted(counters)}")
+        text.append(f"           {_accesses(counters)}")
         text.append(f"           {_conflicts(counters)}")
         text.append(f"floor      {variant}: {_terms(floor)}")
     rate = gpu.mma.get("block_scaled")
@@ -104,6 +105,19 @@ def _counted(counters: Counters) -> str:
         f"{counters.work.issued} instructions, {mmas} MMAs; {_bytes(unique['loaded'])} loaded and "
         f"{_bytes(unique['stored'])} stored, each byte once; {_bytes(counters.requested_bytes)} requested"
     )
+
+
+def _accesses(counters: Counters) -> str:
+    engine = [counters.copies[name] for name in ("tma_load", "tma_store") if name in counters.copies]
+    parts = [f"TMA {_bytes(sum(each.global_bytes for each in engine))}"] if engine else []
+    for name, each in counters.global_memory.items():
+        if each.requests:
+            parts.append(f"global {name}: {each.requests} of {each.sectors_per_request:.1f} sectors")
+    for name, waits in counters.waits.items():
+        times = waits.at_once + waits.waited + waits.gave_up
+        if times:
+            parts.append(f"{name.replace('_', ' ')} waits: {waits.waited} of {times}")
+    return "; ".join(parts) or "no access to global memory"
 
 
 def _conflicts(counters: Counters) -> str:
