@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from sm12x import manifest
+from sm12x.emulator.collector import Collector
 from sm12x.emulator.launch import launch, load
 from sm12x.emulator.memory import GlobalMemory
 from sm12x.emulator.shipped import read_ptx
@@ -20,10 +21,11 @@ def ptx(key, arch="sm_120a"):
 
 
 class Machine:
-    """Memory, and modules loaded into it."""
+    """Memory, and modules loaded into it. `counting`: results come with counters."""
 
-    def __init__(self):
+    def __init__(self, *, counting=False):
         self.memory = GlobalMemory()
+        self.counting = counting
         self._programs = {}
 
     def upload(self, array, label=None):
@@ -56,6 +58,7 @@ class Machine:
             seed=seed,
             segment_limit=limit,
             **options,
+            counts=Collector() if self.counting else None,
         )
 
     def run_shipped(self, key, grid, params, *, arch="sm_120a", seed=0):

@@ -58,6 +58,7 @@ class StandIn:
         resident=None,
         races=True,
         progress=None,
+        counts=None,
     ):
         self.seeds.append(seed)
         self.residents.append(resident)

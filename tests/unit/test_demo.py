@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sm12x
-from sm12x import driver, reference
+from sm12x import driver, emulator, manifest, reference
 from sm12x.cli import demo, demo_gpu, main, workload
 from sm12x.cli.demo_gpu import rotations
 from sm12x.cli.doctor import Finding
@@ -30,8 +30,8 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """The demo's workload at sizes that take milliseconds."""
-    monkeypatch.setattr(workload, "K", 64)
-    monkeypatch.setattr(workload, "N", 48)
+    for name, size in (("K", 64), ("N", 48), ("EMULATED_K", 64), ("EMULATED_N", 48)):
+        monkeypatch.setattr(workload, name, size)
 
 
 def test_json_on_a_machine_without_a_gpu_is_one_object(no_gpu, small, capsys):
@@ -40,8 +40,9 @@ def test_json_on_a_machine_without_a_gpu_is_one_object(no_gpu, small, capsys):
     report = json.loads(captured.out)
     assert set(report) == KEYS
     assert report["ok"] is True
-    assert report["backend"] == "numpy"
-    assert report["variant"] is None
+    assert report["backend"] == "emulator"
+    assert report["device"] == "NVIDIA GeForce RTX 5090 (emulated)"
+    assert manifest.default().variants[report["variant"]].role == "gemm"
     assert report["time_us"] > 0
     assert 0 < report["tolerance_ratio"] <= 1
     assert 0 < report["max_rel_err"] < 2**-7
@@ -50,23 +51,42 @@ def test_json_on_a_machine_without_a_gpu_is_one_object(no_gpu, small, capsys):
 
 
 def test_the_full_command_in_its_own_process():
-    """Real sizes of one expert row block, module entry, stdout nothing but JSON."""
+    """The machine's own sizes, module entry, stdout nothing but JSON."""
     command = [sys.executable, "-m", "sm12x", "demo", "--json", "--tokens", "2", "--experts", "4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert set(report) == KEYS
-    assert report["shape"] == {"T": 2, "M": 8, "E": 4, "top_k": 4, "K": 2816, "N": 1408}
+    k, n = (704, 256) if report["backend"] == "emulator" else (2816, 1408)
+    assert report["shape"] == {"T": 2, "M": 8, "E": 4, "top_k": 4, "K": k, "N": n}
+    assert report["ok"] is True
 
 
-def test_text_says_that_no_gpu_is_used_and_why(no_gpu, small, capsys):
+def test_text_says_that_no_gpu_is_used_and_why_and_that_no_time_counts(no_gpu, small, capsys):
     assert main(["demo"]) == 0
     printed = capsys.readouterr().out
     assert "no GPU is used. driver: no NVIDIA driver was found" in printed
     assert "install one" in printed
     assert "T 16, M 128, E 16" in printed
-    assert "NumPy" in printed
+    assert "the same kernels run in the emulator" in printed
+    assert "on a smaller problem: K 64 and N 48 instead of 64 and 48" in printed
+    assert "no time of the emulator says anything about a GPU" in printed
+    assert "fp8_ptr_array_prepare_packed (sm_120a)" in printed
+    assert "GB/s" not in printed
     assert printed.endswith("ok\n")
+
+
+def test_the_emulator_runs_the_kernel_itself(no_gpu, small, capsys, monkeypatch):
+    """What a kernel does wrong fails the demo: no NumPy result stands in."""
+
+    def refuse(*args, **kwargs):
+        raise emulator.EmulatorError("the kernel trapped")
+
+    monkeypatch.setattr("sm12x.emulator.driver.launch", refuse)
+    assert main(["demo", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {**dict.fromkeys(KEYS), "ok": False}
+    assert "the kernel trapped" in printed.err
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """``python -m sm12x demo``: an FP8 mixture-of-experts projection from BF16 data to a checked result.
 
 gemma-4-26B-A4B's first expert projection: BF16 activations and weights quantised per token and per channel to
-e4m3, as FP8-Dynamic checkpoints are, routed by a top-8 router, through ``sm12x.grouped_gemm``.
+e4m3, as FP8-Dynamic checkpoints are, routed by a top-8 router, through ``sm12x.grouped_gemm``. Without a GPU
+the same kernels run in the emulator, on a smaller problem.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import time
 from typing import Any
 
 import sm12x
+from sm12x import emulator
 from sm12x.cli import workload as work
 from sm12x.cli.doctor import Finding, problems
+from sm12x.cli.progress import counting
+from sm12x.emulator import devices
 
 GPU_TOKENS, CPU_TOKENS, CPU_EXPERTS = 128, 16, 16
 CHECKED_EXPERTS = 16
@@ -60,14 +64,16 @@ def run(args: argparse.Namespace) -> int:
     if problem is not None:
         lines += _why_no_gpu(problem)
     _say(args, lines)
-    workload = work.build(tokens, experts, args.seed, show_progress=show_progress)
+    workload = work.build(
+        tokens, experts, args.seed, show_progress=show_progress, emulated=problem is not None
+    )
     shape = ", ".join(f"{name} {value}" for name, value in workload.shape.items())
     _say(args, [f"shape      {shape}; {(workload.counts > 0).sum()} experts have rows"])
     try:
         report, lines = (
-            _on_cpu(workload, show_progress) if problem else _on_gpu(workload, args.seed, show_progress)
+            _emulated(workload, show_progress) if problem else _on_gpu(workload, args.seed, show_progress)
         )
-    except sm12x.CudaError as error:
+    except (sm12x.CudaError, sm12x.CubinError, emulator.EmulatorError) as error:
         return _failed(args, f"{type(error).__name__}: {error}")
     _say(args, lines)
     if args.json:
@@ -98,7 +104,9 @@ def _why_no_gpu(problem: Finding) -> list[str]:
     return [
         f"no GPU is used. {problem.check}: {problem.detail}",
         f"   -> {problem.remedy}" if problem.remedy else "   -> `python -m sm12x doctor` says more",
-        "the same call runs on the NumPy backend, by default with fewer experts and tokens",
+        "the same kernels run in the emulator, their PTX on this CPU instruction by instruction, on a "
+        f"smaller problem: K {work.EMULATED_K} and N {work.EMULATED_N} instead of {work.K} and {work.N}",
+        "no time of the emulator says anything about a GPU",
     ]
 
 
@@ -131,20 +139,30 @@ def _error_line(error: tuple[float, float], experts: str) -> str:
     )
 
 
-def _on_cpu(workload: work.Workload, show_progress: bool) -> tuple[dict[str, Any], list[str]]:
+def _emulated(workload: work.Workload, show_progress: bool) -> tuple[dict[str, Any], list[str]]:
     start = time.perf_counter()
-    out = sm12x.grouped_gemm(
-        workload.a, workload.b, a_scale=workload.a_scale, b_scale=workload.b_scale, offsets=workload.offsets
-    )
+    with counting("segments", enabled=show_progress) as show, emulator.use() as session:
+        session.progress = show
+        out = sm12x.grouped_gemm(
+            workload.a,
+            workload.b,
+            a_scale=workload.a_scale,
+            b_scale=workload.b_scale,
+            offsets=workload.offsets,
+            backend="emulator",
+        )
     seconds = time.perf_counter() - start
     experts = work.sample_experts(workload, len(workload.counts), seed=0)
     error = work.check(workload, out, experts, show_progress=show_progress)
+    device = f"{devices.find(session.options.device).name} (emulated)"
+    variant = session.launches[-1].variant if session.launches else None
     lines = [
-        "backend    NumPy on the CPU, float32 arithmetic",
-        f"time       {seconds:.2f} s",
+        f"backend    emulator on the CPU, as if it were an {devices.find(session.options.device).name}",
+        *(f"launch     {launch.variant} ({launch.arch})" for launch in session.launches),
+        f"time       {seconds:.2f} s to emulate, no GPU's time",
         _error_line(error, "all experts"),
     ]
-    return _report(workload, "numpy", "CPU", None, seconds * 1e6, error), lines
+    return _report(workload, "emulator", device, variant, seconds * 1e6, error), lines
 
 
 def _on_gpu(workload: work.Workload, seed: int, show_progress: bool) -> tuple[dict[str, Any], list[str]]:

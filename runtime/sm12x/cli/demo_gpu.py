@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import sm12x
 from sm12x import driver, select
 from sm12x.cli.workload import Workload
+from sm12x.emulator import devices
 from sm12x.errors import UnsupportedDeviceError
 from sm12x.ops import launch
 from sm12x.validation.device import DeviceArray, Gpu, device_attribute
@@ -20,11 +21,8 @@ from sm12x.validation.timing import capture, interleave
 
 # GB/s by part of the device name: data sheets, and for the H200 the best of a sweep of readers.
 KNOWN_BANDWIDTH = {
-    "RTX 5090": (1792.0, "data sheet"),
+    **{gpu.part: (gpu.dram_gbps, gpu.dram_source) for gpu in devices.GPUS.values()},
     "RTX 5060 Ti": (448.0, "data sheet"),
-    "RTX PRO 6000": (1792.0, "data sheet"),
-    "GB10": (273.0, "data sheet"),
-    "H200": (4500.0, "measured, reading only"),
 }
 LAUNCHES_PER_GRAPH = 32
 REPLAYS = 15

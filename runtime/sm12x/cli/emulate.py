@@ -1,7 +1,8 @@
 """``python -m sm12x emulate``: a shipped kernel's PTX on the CPU, through the runtime's own launch path.
 
 A packed call on random operands: the preparation kernel and the GEMM, every instruction of them, in an order
-of warps that the seed decides. ``--check`` compares the result with float64.
+of warps that the seed decides. ``--check`` compares the result with float64. What the kernels did is counted,
+and gives a floor: the time that the device needs for it at least.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,11 +21,14 @@ from numpy.typing import NDArray
 
 import sm12x
 from sm12x import emulator, manifest, reference
+from sm12x.arrays import numpy_dtype
+from sm12x.cli import emulate_report, workload
 from sm12x.cli.progress import counting
 from sm12x.emulator import devices
 from sm12x.ops.launch import FAMILY
 from sm12x.ops.validate import MAX_GROUPS
 
+_OPTIONS = "device", "sms", "seed", "resident", "truncate_bits", "counters"
 _SCALE = 2.0**-7  # of each side: keeps float16 outputs of any finite FP8 operands in range
 
 
@@ -105,6 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BITS",
         help="bits that sums of FP32 MMAs keep: hardware is reported to keep 22 (default: one rounding)",
     )
+    parser.add_argument(
+        "--no-counters", dest="counters", action="store_false", help="count nothing, which is a little faster"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
@@ -120,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "shape": {"m": args.m, "M": sum(args.m), "E": len(args.m), "N": args.n, "K": args.k},
         "launches": [],
+        **emulate_report.as_json(None, _least(problem, out_dtype), devices.find(args.device)),
     }
     try:
         with _session(args) as session:
@@ -137,15 +145,18 @@ def run(args: argparse.Namespace) -> int:
         print(f"sm12x emulate: {error}", file=sys.stderr)
         return 2
     report["ok"] = True
+    gpu, least = devices.find(args.device), _least(problem, out_dtype)
+    found = emulate_report.account(session, gpu, args.sms)
+    report |= emulate_report.as_json(found, least, gpu)
     if args.check:
         report |= _check(problem, out)
-    return _finish(args, report, None)
+    return _finish(args, report, None, [] if found is None else emulate_report.lines(found, least, gpu))
 
 
 @contextmanager
 def _session(args: argparse.Namespace) -> Iterator[emulator.Session]:
     """The emulator as the arguments want it, with a bar for what is not over in a second."""
-    options = {name: getattr(args, name) for name in ("device", "sms", "seed", "resident", "truncate_bits")}
+    options = {name: getattr(args, name) for name in _OPTIONS}
     show_progress = not args.json or sys.stderr.isatty()
     with counting("segments", enabled=show_progress) as show, emulator.use(**options) as session:
         session.progress = show
@@ -200,6 +211,13 @@ def _check(problem: Problem, out: NDArray[Any]) -> dict[str, Any]:
     }
 
 
+def _least(problem: Problem, out_dtype: str) -> emulate_report.Least:
+    """What any kernel must do for a problem."""
+    counts, (n, k) = np.diff(problem.offsets), problem.b.shape[1:]
+    moved = workload.least_bytes(counts, n, k, numpy_dtype(out_dtype).itemsize)
+    return emulate_report.Least(moved + problem.offsets.nbytes, problem.a.shape[0] * n * k)
+
+
 def _described(session: emulator.Session) -> list[dict[str, Any]]:
     return [
         {
@@ -209,21 +227,27 @@ def _described(session: emulator.Session) -> list[dict[str, Any]]:
             "block": list(launch.block),
             "shared_memory": launch.shared_memory,
             "emulation_seconds": round(launch.seconds, 3),
-            **asdict(launch.result),
+            "segments": launch.result.segments,
+            "operations": launch.result.operations,
+            "counters": None if launch.counters is None else launch.counters.to_dict(),
         }
         for launch in session.launches
     ]
 
 
-def _finish(args: argparse.Namespace, report: dict[str, Any], failure: str | None) -> int:
+def _finish(
+    args: argparse.Namespace, report: dict[str, Any], failure: str | None, counted: Sequence[str] = ()
+) -> int:
     if args.json:
         print(json.dumps(report))
     else:
-        print("\n".join(_lines(args, report, failure)))
+        print("\n".join(_lines(args, report, failure, counted)))
     return 0 if report["ok"] else 1
 
 
-def _lines(args: argparse.Namespace, report: dict[str, Any], failure: str | None) -> list[str]:
+def _lines(
+    args: argparse.Namespace, report: dict[str, Any], failure: str | None, counted: Sequence[str]
+) -> list[str]:
     gpu = devices.find(args.device)
     rows = ", ".join(str(m) for m in args.m)
     lines = [
@@ -236,6 +260,7 @@ def _lines(args: argparse.Namespace, report: dict[str, Any], failure: str | None
             f"launch     {launch['variant']} ({launch['arch']}): {size} x {launch['block'][0]} threads, "
             f"emulated in {launch['emulation_seconds']:.1f} s"
         )
+    lines += counted
     if failure is not None:
         return [*lines, f"FAILED: {failure}"]
     if not args.check:

@@ -16,6 +16,7 @@ from sm12x import reference
 from sm12x.cli.progress import progress
 
 K, N, EXPERTS, TOP_K = 2816, 1408, 128, 8
+EMULATED_K, EMULATED_N = 704, 256  # for a result within seconds
 
 
 @dataclass(frozen=True)
@@ -47,29 +48,34 @@ class Workload:
         }
 
     def least_bytes(self) -> int:
-        """Bytes any kernel must move: weights with rows, activations and scales once, bfloat16 out."""
-        n, k = self.b.shape[1:]
-        rows, active = self.a.shape[0], int(np.count_nonzero(self.counts))
-        total: int = active * n * (k + 4) + rows * (k + 4) + rows * n * 2 + self.offsets.nbytes
-        return total
+        """Bytes any kernel must move, with bfloat16 out."""
+        return least_bytes(self.counts, self.b.shape[1], self.b.shape[2], 2) + self.offsets.nbytes
 
 
-def build(tokens: int, experts: int, seed: int, *, show_progress: bool) -> Workload:
+def least_bytes(counts: NDArray[np.int32], n: int, k: int, out_bytes: int) -> int:
+    """Bytes any kernel must move for `counts` rows per expert: weights with rows, activations and scales (per
+    token and per channel) once, the output in elements of `out_bytes`."""
+    rows, active = int(counts.sum()), int(np.count_nonzero(counts))
+    return active * n * (k + 4) + rows * (k + 4) + rows * n * out_bytes
+
+
+def build(tokens: int, experts: int, seed: int, *, show_progress: bool, emulated: bool = False) -> Workload:
     """BF16 activations and weights, routed and quantised as an FP8-Dynamic checkpoint runs: same seed, same
-    operands."""
+    operands. `emulated`: of a size for the emulator."""
+    k, n = (EMULATED_K, EMULATED_N) if emulated else (K, N)
     activation_seed, router_seed, *expert_seeds = np.random.SeedSequence(seed).spawn(2 + experts)
-    x = reference.random_bfloat16((tokens, K), np.random.default_rng(activation_seed))
-    router = reference.random_bfloat16((experts, K), np.random.default_rng(router_seed), K**-0.5)
+    x = reference.random_bfloat16((tokens, k), np.random.default_rng(activation_seed))
+    router = reference.random_bfloat16((experts, k), np.random.default_rng(router_seed), k**-0.5)
     rows, _, offsets = reference.route_top_k(
         x.astype(np.float32) @ router.astype(np.float32).T, min(TOP_K, experts)
     )
     quantised, scale = reference.quantize_per_token(x)
 
-    b = np.empty((experts, N, K), ml_dtypes.float8_e4m3fn)
-    b_scale = np.empty((experts, N, 1), np.float32)
+    b = np.empty((experts, n, k), ml_dtypes.float8_e4m3fn)
+    b_scale = np.empty((experts, n, 1), np.float32)
 
     def fill(e: int) -> None:
-        w = reference.random_bfloat16((1, N, K), np.random.default_rng(expert_seeds[e]), K**-0.5)
+        w = reference.random_bfloat16((1, n, k), np.random.default_rng(expert_seeds[e]), k**-0.5)
         b[e : e + 1], b_scale[e : e + 1] = reference.quantize_per_channel(w)
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:

@@ -7,7 +7,7 @@ where the split has parted or ended, or a Wait.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from types import CodeType, FrameType
 from typing import Any
 
@@ -18,6 +18,7 @@ from .emitter import DTYPES, Emitter, container
 from .errors import EmulatorError, Fault, Violation
 from .layout import Layout
 from .memory import Region
+from .profile import Profile
 from .ptx.ir import Instruction, Kernel
 from .registry import Entry, lookup
 from .warp import Split, Wait, Warp, diverge, gather, leave, merge
@@ -54,7 +55,7 @@ class Program:
         self.constants = constants  # the module's .const space
         self.truncate_bits = truncate_bits
         self.register_kinds = [container(register.type) for register in kernel.registers]
-        self._entries: list[Entry | None] = [
+        self.entries: list[Entry | None] = [
             None if cfg.ends_block(instruction) else lookup(instruction)
             for instruction in kernel.instructions
         ]
@@ -78,7 +79,7 @@ class Program:
             first[number] = len(starts)
             start = block.start
             for at in range(block.start + 1, block.stop):
-                entry, before = self._entries[at], self._entries[at - 1]
+                entry, before = self.entries[at], self.entries[at - 1]
                 # brx is run again for the lanes that do not go where the first one goes, and nothing with it.
                 waits = entry.blocks if entry is not None else code[at].opcode[0] == "brx"
                 if waits or (before is not None and before.yields):
@@ -112,6 +113,19 @@ class Program:
         at = self._starts[segment]
         return self.kernel.instructions[at] if at < len(self.kernel.instructions) else None
 
+    @cached_property
+    def profile(self) -> Profile:
+        """What the counters want to know of the instructions."""
+        return Profile(self)
+
+    @property
+    def segments(self) -> int:
+        return len(self._starts)
+
+    def instructions_of(self, segment: int) -> range:
+        """Indices of the instructions of a segment."""
+        return range(self._starts[segment], self._stops[segment])
+
     # Compiling
 
     def _first(self, segment: int, full: bool, warp: Warp, registers: list[Any], split: Split) -> Any:
@@ -133,7 +147,7 @@ class Program:
             emitter.line(f"x = gather(s, {segment})")
             emitter.line("if x is not None: return x")
         for at in range(self._starts[segment], stop):
-            instruction, entry = self.kernel.instructions[at], self._entries[at]
+            instruction, entry = self.kernel.instructions[at], self.entries[at]
             if entry is None:
                 emitter.flush()
                 emitter.begin(instruction)

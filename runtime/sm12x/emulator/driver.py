@@ -24,6 +24,7 @@ from typing import Any
 from .. import driver as runtime
 from .. import manifest
 from . import devices, session, shipped, tensor_map
+from .collector import Collector
 from .compiler import Program
 from .errors import Fault
 from .launch import LoadedModule, launch, load
@@ -307,6 +308,7 @@ class Emulator:
         params = ctypes.string_at(arguments[0], found.program.layout.parameter_bytes)
         library, running, options = found.library, session.active(), session.options()
         watched = None if running is None else running.progress
+        counts = Collector(running.touched) if running is not None and options.counters else None
         with self.lock:
             start = time.perf_counter()
             try:
@@ -321,6 +323,7 @@ class Emulator:
                     resident=options.resident,
                     races=options.races,
                     progress=None if watched is None else partial(watched, library.variant),
+                    counts=counts,
                 )
             except BaseException:
                 if running is not None:

@@ -302,6 +302,13 @@ class Emitter:
         self.line(f"{name} = {text}")
         return name
 
+    def observe(self, space: str, address: str) -> None:
+        """Have the launch's counters, where it has any, take note of an access that is about to be made."""
+        if space in ("global", "shared", "generic"):
+            lanes = self.lanes()
+            call = f"access({self.instruction.index}, {lanes}, {address})"
+            self.line(f"if w.cta.grid.counts is not None: w.cta.grid.counts.{call}")
+
     def wait_call(self, function: Callable[..., Any], *arguments: str) -> str:
         """As `call`, of a function that may give a Wait; the segment then ends here, to run again later."""
         name = self.call(function, *arguments, result=True)

@@ -13,6 +13,7 @@ from .scheduler import Scheduler
 from .warp import Split
 
 if TYPE_CHECKING:
+    from .collector import Collector
     from .compiler import Program
 
 
@@ -35,10 +36,11 @@ class Grid:
         number: int,
         resident: int | None = None,
         races: bool = True,
+        counts: Collector | None = None,
     ) -> None:
         self.races = races  # whether accesses of shared memory that nothing orders are looked for
         self.program, self.memory, self.size, self.block = program, memory, size, block
-        self.shared_bytes, self.number = shared_bytes, number
+        self.shared_bytes, self.number, self.counts = shared_bytes, number, counts
         self.parameters = Region(0, max(len(parameters), 1), "kernel parameters", read_only=True)
         self.parameters.data[: len(parameters)] = np.frombuffer(parameters, np.uint8)
         self.parameters.shadow[:] = 0
@@ -64,6 +66,8 @@ class Grid:
 
     def cta_ended(self, cta: Cta) -> None:
         """A CTA has ended, which makes room for another."""
+        if self.counts is not None:
+            self.counts.cta_ended(cta.visits)  # the segment that ends a CTA has no instructions
         cta.release()
         self.running -= 1
         if self.outside:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .collector import Collector
 from .compiler import Program
+from .counters import Counters
 from .errors import EmulatorError
 from .grid import Grid
 from .layout import lay_out
@@ -57,10 +59,13 @@ class LoadedModule:
 
 @dataclass(frozen=True, slots=True)
 class LaunchResult:
-    """What a launch did: `segments` of the program run, asynchronous `operations` completed."""
+    """What a launch did: `segments` of the program run, asynchronous `operations` completed, and `counters`
+    where they were asked for.
+    """
 
     segments: int
     operations: int
+    counters: Counters | None = None
 
 
 def load(text: str, memory: GlobalMemory, *, truncate_bits: int | None = None) -> LoadedModule:
@@ -128,13 +133,15 @@ def launch(
     resident: int | None = None,
     races: bool = True,
     progress: Callable[[int], None] | None = None,
+    counts: Collector | None = None,
 ) -> LaunchResult:
     """Run a kernel to its end.
 
     `parameters` are the bytes of the kernel's parameters, in PTX's layout; at least as many as it declares.
     `seed` chooses how warps interleave and when asynchronous operations complete. `races`: whether accesses
     of shared memory that nothing orders are a violation, however they went (checkers.races). `progress` is
-    called now and then with the segments that have run.
+    called now and then with the segments that have run. `counts`, a new Collector, has the result come with
+    counters.
 
     Raises ValueError for a launch that CUDA would refuse, and EmulatorError where the kernel breaks a rule.
     """
@@ -153,6 +160,8 @@ def launch(
             f"parameters: expected {program.layout.parameter_bytes} bytes for {kernel.name}, "
             f"got {len(parameters)}"
         )
+    if counts is not None:
+        counts.begin(program, memory)
     state = Grid(
         program,
         memory,
@@ -165,12 +174,14 @@ def launch(
         number=next(_numbers),
         resident=resident,
         races=races,
+        counts=counts,
     )
     with np.errstate(all="ignore"):
         if progress is not None:
             state.scheduler.watch(progress)
         state.scheduler.run()
-    return LaunchResult(state.scheduler.steps, state.scheduler.completed)
+    counted = None if counts is None else counts.result()
+    return LaunchResult(state.scheduler.steps, state.scheduler.completed, counted)
 
 
 def _check_block(kernel: Kernel, block: tuple[int, int, int]) -> None:

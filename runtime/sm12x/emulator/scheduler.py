@@ -135,12 +135,17 @@ class Scheduler:
         warp = split.warp
         registers = warp.registers
         left = self._burst
+        visits, counts = warp.cta.visits, self._grid.counts
         try:
             while left:
                 left -= 1
                 self.steps += 1
-                result = (full if split.full else masked)[split.pc](warp, registers, split)
+                at = split.pc
+                result = (full if split.full else masked)[at](warp, registers, split)
                 if result.__class__ is int:
+                    if counts is not None:
+                        visits[at] += 1
+                        counts.waiting.discard(split)
                     if result < 0:
                         self._remove(split)
                         return
@@ -150,6 +155,8 @@ class Scheduler:
                         arrive(split)
                         return
                 else:
+                    if counts is not None:
+                        counts.waits(split, at)
                     split.wait = result
                     result.queue.append(split)
                     self._remove(split)

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from . import devices
+from .touched import Touched
 
 if TYPE_CHECKING:
+    from .counters import Counters
     from .launch import LaunchResult
 
 
@@ -27,6 +29,7 @@ class Options:
     truncate_bits: significant bits to which the sums of MMAs with FP32 accumulators are cut, as hardware is
       reported to with 22; None for sums that are exact but for one rounding.
     races: whether accesses of shared memory that nothing orders are violations, however they went.
+    counters: whether launches come with counters (`Launch.result.counters`); that takes a little time.
     """
 
     device: str = devices.DEFAULT
@@ -35,6 +38,7 @@ class Options:
     resident: int | None = None
     truncate_bits: int | None = None
     races: bool = True
+    counters: bool = False
 
     def __post_init__(self) -> None:
         gpu = devices.find(self.device)
@@ -64,17 +68,24 @@ class Launch:
     seconds: float
     result: LaunchResult
 
+    @property
+    def counters(self) -> Counters | None:
+        """What the launch did, where `Options.counters` asked for it."""
+        return self.result.counters
+
 
 @dataclass(slots=True)
 class Session:
     """Options, and the launches that ran to their end with them, in their order. `failed` is the variant
     whose kernel did not, None where all did. `progress` is called now and then with the variant that runs and
-    the segments of its program that have run."""
+    the segments of its program that have run. `touched` knows the bytes of global memory that all launches
+    together loaded and stored, of those with counters."""
 
     options: Options
     launches: list[Launch] = field(default_factory=list)
     failed: str | None = None
     progress: Callable[[str, int], None] | None = None
+    touched: Touched = field(default_factory=Touched)
 
 
 _active: ContextVar[Session | None] = ContextVar("sm12x emulator session", default=None)
@@ -95,7 +106,7 @@ def options() -> Options:
     if session is not None:
         return session.options
     given: dict[str, Any] = {}
-    for name in (each.name for each in fields(Options)):
+    for name in (each.name for each in fields(Options) if each.name != "counters"):  # nobody would see them
         variable = f"SM12X_EMULATOR_{name.upper()}"
         text = os.environ.get(variable)
         if not text:

@@ -77,6 +77,7 @@ def atom(i: Instruction, e: Emitter) -> None:
         sources.pop()
     lanes = e.lanes()
     values = [e.value(source, kind).u for source in sources]
+    e.observe(space_of(i), e.address(a))
     run = strong(_atomic(space_of(i), name, kind), strong_words(i), reads=True, writes=True)
     found = e.call(run, e.address(a), *values, result=True)
     e.put(d, kind, found, lanes)
@@ -90,5 +91,6 @@ def red(i: Instruction, e: Emitter) -> None:
     if name in ("exch", "cas"):
         raise unsupported(i)
     a, b = i.operands[:2]
+    e.observe(space_of(i), e.address(a))
     run = strong(_atomic(space_of(i), name, kind), strong_words(i), reads=True, writes=True)
     e.call(run, e.address(a), e.value(b, kind).u)

@@ -90,6 +90,9 @@ def _load_box(
         if region is not None and box.in_bounds is not None:
             values[box.in_bounds] = region.gather(box.addresses[box.in_bounds], box.unit)
     cta.shared.scatter(box.offsets + shared, values, box.unit)
+    if cta.grid.counts is not None:
+        held = box.addresses if box.in_bounds is None else box.addresses[box.in_bounds]
+        cta.grid.counts.loaded("tma_load", region, held, box.unit, len(box.offsets) * box.unit)
     cta.in_flight -= 1
     target = cta.mbarrier(barrier)
     if ticket is not None and cta.races is not None:
@@ -133,6 +136,8 @@ class _Store:
         self._cta.grid.scheduler.wake(self._thread.queue)
 
     def write(self) -> None:
+        if self._cta.grid.counts is not None:
+            self._cta.grid.counts.stored(self._instruction, self._region, self._to, self._unit)
         if self._region is not None:
             values = self._values
             if self._combine is not None:
@@ -142,6 +147,7 @@ class _Store:
         self._cta.grid.scheduler.wake(self._thread.queue)
 
     def submit(self, issuer: Issuer) -> None:
+        self._instruction = issuer.instruction
         self._cta.in_flight += 1
         self._cta.grid.scheduler.submit(Operation(issuer, self.read, self.write))
 
@@ -298,6 +304,8 @@ def _bulk_load(i: Instruction, e: Emitter, *, from_shared: bool) -> None:
         region.span(at, count, "bulk copy")
         steps = np.arange(0, count, 16)
         cta.shared.scatter(to + steps, region.gather(at + steps, 16), 16)
+        if cta.grid.counts is not None and not from_shared:
+            cta.grid.counts.loaded("bulk_load", region, at + steps, 16, count)
         cta.in_flight -= 1
         if ticket is not None and cta.races is not None:
             if from_shared:

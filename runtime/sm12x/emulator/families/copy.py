@@ -73,6 +73,8 @@ def _copier(i: Instruction, size: int) -> Callable[..., None]:
                     races.lane_copied_in(ticket, number, np.array([shared]), size)
                 group.running -= 1
                 w.cta.grid.scheduler.wake(thread.queue)
+            if w.cta.grid.counts is not None:
+                w.cta.grid.counts.copied(i, at[active].tolist(), taken[active].tolist(), size)
             token.finish()
 
         w.cta.grid.scheduler.submit(Operation(Issuer(i, w, chosen[0]), copy))

@@ -133,6 +133,7 @@ def ld(i: Instruction, e: Emitter) -> None:
     space, count, kind = _access(i)
     d, a = i.operands[:2]
     lanes = e.lanes()
+    e.observe(space, _address(i, e, a, space))
     run, words = loader(space, TYPE_BITS[kind] // 8, count), strong_words(i)
     if words:
         run = strong(run, words, reads=True, writes=False)
@@ -156,6 +157,7 @@ def st(i: Instruction, e: Emitter) -> None:
     if len(values) != count:
         raise unsupported(i, f"expected {count} sources")
     sources = [e.value(value, kind).u for value in values]
+    e.observe(space, _address(i, e, a, space))
     run, words = storer(space, TYPE_BITS[kind] // 8, count), strong_words(i)
     if words:
         run = strong(run, words, reads=False, writes=True)

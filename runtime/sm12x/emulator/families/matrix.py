@@ -115,6 +115,16 @@ def _form(i: Instruction) -> tuple[str, str, bool, str, str | None]:
     return words[0], number, i.has("trans"), words[1], words[2] if len(words) == 3 else None
 
 
+def rows_of(i: Instruction) -> tuple[int, int]:
+    """Rows that an ldmatrix or stmatrix touches, at the addresses of the first lanes, and bytes of each."""
+    shape, number, trans, kind, source = _form(i)
+    if i.opcode[0] == "stmatrix":
+        stored = matrix_numerics.stmatrix(shape, number, trans, kind)
+        return stored.rows, stored.bytes_per_row
+    loaded = matrix_numerics.ldmatrix(shape, number, trans, kind, source)
+    return loaded.rows, loaded.bytes_per_row
+
+
 @instruction("ldmatrix.sync.aligned")
 def ldmatrix(i: Instruction, e: Emitter) -> None:
     shape, number, trans, kind, source = _form(i)
@@ -137,6 +147,7 @@ def ldmatrix(i: Instruction, e: Emitter) -> None:
             w.cta.races.load_rows(w, chosen, size)
         return found
 
+    e.observe("shared", e.address(i.operands[1]))
     name = e.temporary()
     e.line(f"{name} = {e.bind(run)}(w, {e.address(i.operands[1])})")
     for at, element in enumerate(d):
@@ -163,6 +174,7 @@ def stmatrix(i: Instruction, e: Emitter) -> None:
         if w.cta.races is not None:
             w.cta.races.store_rows(w, address[:rows])
 
+    e.observe("shared", e.address(i.operands[0]))
     e.line(
         f"{e.bind(run)}(w, {', '.join((e.address(i.operands[0]), *(e.value(v, 'b32').u for v in values)))})"
     )

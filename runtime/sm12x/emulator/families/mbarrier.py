@@ -220,4 +220,5 @@ def wait(i: Instruction, e: Emitter) -> None:
         found = e.wait_call(_try_wait(space, parity, acquires), *arguments)
     else:
         found = e.call(_test_wait(space, parity, acquires), *arguments, result=True)
+    e.line(f"if w.cta.grid.counts is not None: w.cta.grid.counts.polled({i.index}, s, {found})")
     e.put(d, "pred", found, lanes)
