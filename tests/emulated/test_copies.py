@@ -13,7 +13,6 @@ from emulated.copies import encode_cases, generate, model, on_emulator
 from emulated.copies.case import FIELDS, GUARD, Case, Map
 
 _SEED = os.environ.get("SM12X_TEST_SEED")
-FLOATS = ("f16", "bf16", "f32", "f64")
 
 
 @pytest.fixture
@@ -32,9 +31,11 @@ def check(case, schedule=0):
     assert not len(wrong), f"{len(wrong)} bytes of the arena differ, the first at {wrong[0]} of {case.places}"
 
 
-def sample(name, seed, count, unless=lambda case: False):
-    cases = [case for case in generate.batch(name, seed) if not unless(case)]
-    return random.Random(seed).sample(cases, min(count, len(cases)))
+def sample(name, seed, count):
+    """Some cases behind each other: generators go round operations, types and ranks."""
+    cases = generate.batch(name, seed)
+    start = random.Random(seed).randrange(max(1, len(cases) - count))
+    return cases[start : start + count]
 
 
 @pytest.mark.parametrize("name", ["loads", "strided", "narrow", "interleaved", "stores", "row_ends"])
@@ -45,8 +46,8 @@ def test_tensor_copies_move_what_the_model_moves(name, seed):
         check(case, number)
 
 
-def test_tensor_reductions_of_integers_combine_what_the_model_combines(seed):
-    cases = sample("reductions", seed, 80, lambda case: case.content in FLOATS)
+def test_tensor_reductions_combine_what_the_model_combines(seed):
+    cases = sample("reductions", seed, 90)
     assert len({case.kernel.split("_")[1] for case in cases}) == 8
     for number, case in enumerate(cases):
         check(case, number)
@@ -70,7 +71,6 @@ def test_replaced_maps_load_as_maps_encoded_so(seed):
 
 
 def test_barriers_give_the_counts_of_their_script(seed):
-    # What the script's own bookkeeping says is written beside it; the model reads it from there.
     for case in generate.batch("mbarrier", seed):
         check(case)
 

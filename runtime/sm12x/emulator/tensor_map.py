@@ -130,7 +130,8 @@ class TensorMap:
         and in shared memory, where it begins at `shared_address`.
 
         `unit`: bytes per entry of the index arrays, a power of two up to 16; None takes the largest that fits
-        the box. `writes`: for a store or reduction, whose rows end where their last 16 bytes do. Raises ValueError where rank, alignment or unit do not fit.
+        the box. `writes`: for a store or reduction, whose rows end where their last 16 bytes do. Raises
+        ValueError where rank, alignment or unit do not fit.
         """
         return walk(self.layout, self.address, self.dims, tuple(coords), shared_address, unit, writes)
 

@@ -60,7 +60,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Map:
-    """Arguments of cuTensorMapEncodeTiled but the address, which is `offset` bytes into the tensor's region."""
+    """Arguments of cuTensorMapEncodeTiled but the address, which is `offset` bytes into the arena."""
 
     kind: int
     dims: tuple[int, ...]
@@ -153,8 +153,8 @@ class Case:
         return found
 
     def record(self, arena: int, map_address: int, *, raw: bool) -> bytes:
-        """The case in the table of a kernel, for an arena at an address. `raw`: the kernel is to look into the
-        mbarrier, which only hardware lets it."""
+        """The case in the table of a kernel, for an arena at an address. `raw`: the kernel is to look into
+        the mbarrier, which only hardware lets it."""
         shared_in, shared_out, result, _ = self.places
         data = bytearray(RECORD_BYTES)
         m = self.map
@@ -208,13 +208,17 @@ _SPECIAL = {
     "bf16": (np.uint16, [0, 0x8000, 1, 0x8001, 0x7F, 0x80, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0x7F81]),
     "f32": (
         np.uint32,
-        [0, 1 << 31, 1, (1 << 31) + 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 0xFF800000]
-        + [0x7FC00000, 0x7F800001],
+        [
+            *(0, 1 << 31, 1, (1 << 31) + 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000),
+            *(0xFF800000, 0x7FC00000, 0x7F800001),
+        ],
     ),
     "f64": (
         np.uint64,
-        [0, 1 << 63, 1, (1 << 63) + 1, (1 << 52) - 1, 1 << 52, 0x7FEFFFFFFFFFFFFF, 0xFFEFFFFFFFFFFFFF]
-        + [0x7FF0000000000000, 0xFFF0000000000000, 0x7FF8000000000000, 0x7FF0000000000001],
+        [
+            *(0, 1 << 63, 1, (1 << 63) + 1, (1 << 52) - 1, 1 << 52, 0x7FEFFFFFFFFFFFFF, 0xFFEFFFFFFFFFFFFF),
+            *(0x7FF0000000000000, 0xFFF0000000000000, 0x7FF8000000000000, 0x7FF0000000000001),
+        ],
     ),
 }
 

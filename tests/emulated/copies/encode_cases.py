@@ -43,8 +43,10 @@ def _change(rng: random.Random, base: dict[str, Any]) -> Change:
     d = rng.randrange(rank)
     size = SLICES[base["interleave"]] or TYPES[base["kind"]][1]
     name = rng.choice(
-        ["kind", "rank", "shift", "dims", "dims", "strides", "strides", "box", "box", "box", "steps", "steps"]
-        + ["interleave", "swizzle", "swizzle", "l2", "fill", "null"]
+        [
+            *("kind", "rank", "shift", "null", "interleave", "swizzle", "swizzle", "l2", "fill"),
+            *("dims", "dims", "strides", "strides", "box", "box", "box", "steps", "steps"),
+        ]
     )
     if name == "strides" and rank == 1:
         name = "dims"

@@ -157,7 +157,11 @@ def interleaved(rng: random.Random, count: int) -> Iterator[Case]:
     for number in range(count):
         kind = rng.choice(list(TYPES))
         m = random_map(
-            rng, kind=kind, interleave=1 + number % 2, swizzle=0 if number % 4 < 2 else None, steps=number % 3 == 0
+            rng,
+            kind=kind,
+            interleave=1 + number % 2,
+            swizzle=0 if number % 4 < 2 else None,
+            steps=number % 3 == 0,
         )
         kernel = "load" if number % 3 or m.steps[0] > 1 else "store"
         if kernel == "store" and any(step > 1 for step in m.steps):
@@ -173,7 +177,7 @@ def stores(rng: random.Random, count: int) -> Iterator[Case]:
 
 
 def row_ends(rng: random.Random, count: int) -> Iterator[Case]:
-    """A row of every length against boxes that end in it, at it and behind it: what is written past the extent.
+    """A row of every length against boxes that end in it, at it and behind it: what is written past it.
 
     The same map and place for a store, a reduction and a load.
     """
@@ -195,9 +199,7 @@ def row_ends(rng: random.Random, count: int) -> Iterator[Case]:
                     if start % 2 == 0 or size >= 4:
                         yield tensor_case(rng, "load, row ends", "load", m, coords, note=note)
                     if size >= 4:
-                        yield tensor_case(
-                            rng, "reduce, row ends", "reduce_xor", m, coords, note=note
-                        )
+                        yield tensor_case(rng, "reduce, row ends", "reduce_xor", m, coords, note=note)
 
 
 def reductions(rng: random.Random, count: int) -> Iterator[Case]:
@@ -217,8 +219,8 @@ def prefetches(rng: random.Random, count: int) -> Iterator[Case]:
 
 
 def replacements(rng: random.Random, count: int) -> Iterator[Case]:
-    """One field after the other replaced alone, then some, then all: the map that the load goes through is the
-    target's, whose fields the template has but for those."""
+    """One field after the other replaced alone, then all: the map that the load goes through is the target's,
+    whose fields the template has but for those."""
     for number in range(count):
         rank = 1 + number % 5
         target = random_map(rng, rank=rank, steps=number % 3 == 0)
@@ -242,7 +244,7 @@ def replacements(rng: random.Random, count: int) -> Iterator[Case]:
             names: tuple[str, ...] = (name,)
             template = Map(**{**fields, **change})
             if name == "rank":
-                # A map of one dimension more, or the target itself; what it has beyond the rank is not looked at.
+                # A map of one dimension more, whose last is not looked at any more, or the target itself.
                 deeper = rank < 5
                 template = (
                     Map(
@@ -347,27 +349,23 @@ def barriers(rng: random.Random, count: int) -> Iterator[Case]:
 
 # What is drawn, and how much of it: the number of cases for a full run.
 FAMILIES: dict[str, tuple[Callable[[random.Random, int], Iterator[Case]], int]] = {
-    "loads": (loads, 500),
-    "strided": (strided_loads, 150),
-    "narrow": (narrow_loads, 180),
-    "interleaved": (interleaved, 160),
-    "stores": (stores, 300),
+    "loads": (loads, 2000),
+    "strided": (strided_loads, 500),
+    "narrow": (narrow_loads, 600),
+    "interleaved": (interleaved, 400),
+    "stores": (stores, 1200),
     "row_ends": (row_ends, 0),
-    "reductions": (reductions, 420),
+    "reductions": (reductions, 1240),
     "prefetches": (prefetches, 20),
-    "replacements": (replacements, 480),
-    "bulk": (bulk_copies, 120),
-    "bulk_reductions": (bulk_reductions, 162),
+    "replacements": (replacements, 1200),
+    "bulk": (bulk_copies, 400),
+    "bulk_reductions": (bulk_reductions, 540),
     "cp_async": (cp_asyncs, 60),
     "mbarrier": (barriers, mbarrier_scripts.COUNT),
 }
 
 
-def batch(name: str, seed: int, share: float = 1.0) -> list[Case]:
-    """The cases of one of FAMILIES, or a share of them, evenly taken."""
+def batch(name: str, seed: int) -> list[Case]:
+    """The cases of one of FAMILIES."""
     make, count = FAMILIES[name]
-    found = list(make(random.Random(f"{seed} {name}"), count))
-    if share >= 1:
-        return found
-    wanted = max(4, int(len(found) * share))
-    return random.Random(f"{seed} {name} share").sample(found, min(wanted, len(found)))
+    return list(make(random.Random(f"{seed} {name}"), count))

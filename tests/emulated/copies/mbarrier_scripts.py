@@ -12,38 +12,35 @@ COUNT = 24
 STEPS = 24
 
 
-def body(seed: int) -> str:
-    """A kernel's body; words of the result, four bytes each, are what instructions gave, in order."""
+def script(seed: int) -> tuple[str, list[int]]:
+    """A kernel's body, and the words, four bytes each, that it stores: what instructions gave, in order."""
     rng = random.Random(seed)
     expected = rng.choice([1, 2, 3, 7, 40, (1 << 20) - 1 if seed == 3 else 5])
     pending, tx, phase = expected, 0, 0
     lines = [f"    mbarrier.init.shared::cta.b64 [bar], {expected};"]
-    word = 0
-    held: list[int] = []  # registers with states; of this phase or of one before
+    words: list[int] = []
 
-    def keep(register: str) -> None:
-        nonlocal word
-        lines.append(f"    st.global.u32 [%rd5+{4 * word}], {register};")
-        word += 1
+    def keep(register: str, value: int) -> None:
+        lines.append(f"    st.global.u32 [%rd5+{4 * len(words)}], {register};")
+        words.append(value)
 
     def end_of_phase() -> None:
         nonlocal pending, phase
         if pending == 0 and tx == 0:
             pending, phase = expected, phase + 1
-            held.clear()
 
     def waits() -> None:
         for parity in (0, 1):
             lines.append(f"    mbarrier.test_wait.parity.shared::cta.b64 %p5, [bar], {parity};")
             lines.append("    selp.u32 %r30, 1, 0, %p5;")
-            keep("%r30")
+            keep("%r30", int(phase & 1 != parity))
 
     states = 0
     for _ in range(STEPS):
-        if word > 56:
+        if len(words) > 56:
             break
         choice = rng.choice(["arrive", "arrive", "count", "no_complete", "drop", "expect", "tx", "arrive_tx"])
-        state = f"%rd{30 + states % 8}"
+        state, was_pending, was_phase = f"%rd{30 + states % 8}", pending, phase
         if pending == 0 and choice not in ("tx", "expect"):
             choice = "tx"
         if choice == "arrive":
@@ -85,13 +82,13 @@ def body(seed: int) -> str:
             end_of_phase()
             waits()
             continue
+        end_of_phase()
         lines.append(f"    mbarrier.pending_count.b64 %r30, {state};")
-        keep("%r30")
+        keep("%r30", was_pending)
         lines.append(f"    mbarrier.test_wait.shared::cta.b64 %p5, [bar], {state};")
         lines.append("    selp.u32 %r30, 1, 0, %p5;")
-        keep("%r30")
+        keep("%r30", int(phase != was_phase))
         states += 1
-        end_of_phase()
         waits()
     lines.append("    mbarrier.inval.shared::cta.b64 [bar];")
-    return "\n".join(lines)
+    return "\n".join(lines), words

@@ -7,29 +7,19 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from emulated.copies import mbarrier_scripts
+from emulated.copies import case, mbarrier_scripts
 from emulated.copies.case import (
     BOX,
     COORDS,
     DIMS,
-    DUMP,
-    EXTRA,
     FIELDS,
     FILL,
-    GLOBAL,
     INTERLEAVE,
-    MAP,
     MASK,
     NEW_ADDRESS,
-    OFFSET,
     RANK,
-    RAW,
     RECORD_BYTES,
-    RESULT,
     SHARED_BYTES,
-    SHARED_IN,
-    SHARED_OUT,
-    SIZE,
     STEPS,
     STRIDES,
     SWIZZLE,
@@ -143,11 +133,8 @@ COMPLETE:
 _FENCE = "    fence.proxy.tensormap::generic.acquire.gpu [%rd8], 128;"
 _EXPECT = "    mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], %r9;"
 _GROUP = "    cp.async.bulk.commit_group;\n    cp.async.bulk.wait_group 0;"
-_NAMES = {
-    name: value
-    for name, value in globals().items()
-    if name.isupper() and isinstance(value, int) and not name.startswith("_")
-}
+# Offsets in a record, which the texts above have by name.
+_NAMES = {name: value for name, value in vars(case).items() if name.isupper() and isinstance(value, int)}
 
 
 def _kernel(name: str, body: str, *, rank: int = 0, setup: str = _BARRIER, alone: bool = True) -> str:
@@ -189,8 +176,8 @@ def _bulk_kernels() -> dict[str, str]:
     mbarrier = "mbarrier::complete_tx::bytes"
     wait = _WAIT.format(**_NAMES)
     bodies = {
-        "bulk_load": f"{_EXPECT}\n    cp.async.bulk.shared::cluster.global.{mbarrier} [%r8], [%rd9], %r9, [bar];"
-        f"\n{wait}",
+        "bulk_load": f"{_EXPECT}\n    cp.async.bulk.shared::cluster.global.{mbarrier}"
+        f" [%r8], [%rd9], %r9, [bar];\n{wait}",
         # From the beginning of box to `extra` bytes behind it.
         "bulk_within": f"{_EXPECT}\n    add.u32 %r24, %r5, %r14;\n"
         f"    cp.async.bulk.shared::cluster.shared::cta.{mbarrier} [%r24], [%r8], %r9, [bar];\n{wait}",
@@ -226,8 +213,8 @@ def _cp_async_kernels() -> dict[str, str]:
 
 
 def _replace_kernels() -> dict[str, str]:
-    """Fields of the map, as MASK says, are replaced in shared memory; the map goes back to where it was, and a
-    load goes through it."""
+    """Fields of the map, as MASK says, are replaced in shared memory; the map goes back to where it was, and
+    a load goes through it."""
     indexed = {"box_dim": (BOX, 5), "global_dim": (DIMS, 5), "element_stride": (STEPS, 5)}
     limits = {"elemtype": (TYPE, 13), "interleave_layout": (INTERLEAVE, 3), "swizzle_mode": (SWIZZLE, 4)}
     limits["fill_mode"] = (FILL, 2)
@@ -289,7 +276,7 @@ def _mbarrier_kernels() -> dict[str, str]:
     return {
         name: _kernel(name, body, setup="")
         for name, body in (
-            (f"mbarrier_{seed}", mbarrier_scripts.body(seed)) for seed in range(mbarrier_scripts.COUNT)
+            (f"mbarrier_{seed}", mbarrier_scripts.script(seed)[0]) for seed in range(mbarrier_scripts.COUNT)
         )
     }
 

@@ -27,9 +27,10 @@ ROOT = HERE.parents[2]
 sys.path[:0] = [str(ROOT / "runtime"), str(ROOT / "tests"), str(ROOT / "tests/gpu")]
 
 import numpy as np  # noqa: E402
+from twins import hardware  # noqa: E402
+
 from emulated.copies import generate, on_emulator  # noqa: E402
 from emulated.copies.case import Case, Outcome  # noqa: E402
-from twins import hardware  # noqa: E402
 
 SHOWN = 3  # differences of a family that are printed in full
 ADDRESSABLE = 4  # bytes by which a difference is looked up in the tensor
@@ -38,7 +39,12 @@ ADDRESSABLE = 4  # bytes by which a difference is looked up in the tensor
 def parts_of(case: Case) -> list[tuple[str, int, int]]:
     """Names of the parts of an arena, with where they begin and end."""
     first, second, third, end = case.places
-    return [("tensor", 0, first), ("shared in", first, second), ("shared out", second, third), ("result", third, end)]
+    return [
+        ("tensor", 0, first),
+        ("shared in", first, second),
+        ("shared out", second, third),
+        ("result", third, end),
+    ]
 
 
 def difference(case: Case, emulated: Outcome, real: Outcome) -> dict | None:
@@ -84,8 +90,14 @@ def provenance(case: Case, outcome: Outcome) -> list[str]:
         source = tensor.find(now)
         origin = source - case.map.offset if source >= 0 else now.hex()
         last = found[-1] if found else None
-        if last and last[0] + last[2] == at and (
-            last[1] == origin if isinstance(origin, str) else isinstance(last[1], int) and last[1] + last[2] == origin
+        if (
+            last
+            and last[0] + last[2] == at
+            and (
+                last[1] == origin
+                if isinstance(origin, str)
+                else isinstance(last[1], int) and last[1] + last[2] == origin
+            )
         ):
             found[-1] = (last[0], last[1], last[2] + unit)
         else:
@@ -94,10 +106,14 @@ def provenance(case: Case, outcome: Outcome) -> list[str]:
 
 
 def emulate(batches: dict[str, list[Case]], jobs: int) -> dict[str, list[Outcome]]:
-    chunks = [(name, i, cases[i : i + 40]) for name, cases in batches.items() for i in range(0, len(cases), 40)]
+    chunks = [
+        (name, i, cases[i : i + 40]) for name, cases in batches.items() for i in range(0, len(cases), 40)
+    ]
     found: dict[str, list[Outcome]] = {name: [Outcome()] * len(cases) for name, cases in batches.items()}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for (name, i, cases), outcomes in zip(chunks, pool.map(on_emulator.run_all, [c for *_, c in chunks]), strict=True):
+        for (name, i, cases), outcomes in zip(
+            chunks, pool.map(on_emulator.run_all, [c for *_, c in chunks]), strict=True
+        ):
             found[name][i : i + len(cases)] = outcomes
     return found
 
@@ -119,7 +135,11 @@ def report(batches: dict, emulated: dict, real: dict) -> dict:
             if wrong is None:
                 row["equal"] += 1
                 continue
-            row["causes"][wrong["what"] if "refuse" not in wrong["what"] else f"{wrong['what']}: {wrong['emulator'] or wrong['gpu']}"[:200]] += 1
+            row["causes"][
+                wrong["what"]
+                if "refuse" not in wrong["what"]
+                else f"{wrong['what']}: {wrong['emulator'] or wrong['gpu']}"[:200]
+            ] += 1
             if len(row["shown"]) < SHOWN:
                 shown = {"case": case.described(), **wrong}
                 if "load" in case.kernel or "replace" in case.kernel:
@@ -160,7 +180,16 @@ def row_ends_table(batches: dict, real: dict) -> list[str]:
         # A byte in 256 is written without a change.
         reach = past[-1] + 1 - extent if past else 0
         words = "none" if not past else f"up to {reach} of {rest}" if reach != rest else "all to the next 16"
-        tally[(case.family, m.swizzle, f"extent % 16 = {extent % 16}", f"box covers {covered} of them", f"box begins {'inside' if start < extent else 'behind'}", words)] += 1
+        tally[
+            (
+                case.family,
+                m.swizzle,
+                f"extent % 16 = {extent % 16}",
+                f"box covers {covered} of them",
+                f"box begins {'inside' if start < extent else 'behind'}",
+                words,
+            )
+        ] += 1
     return [f"{count:5}  {', '.join(map(str, key))}" for key, count in sorted(tally.items(), key=str)]
 
 
@@ -180,7 +209,12 @@ def main() -> int:
     if options.replay:
         held = pickle.loads(lzma.decompress(Path(options.replay).read_bytes()))
         batches = held["batches"]
-        real = {name: [_whole(case, *packed) for case, packed in zip(batches[name], held["real"][name], strict=True)] for name in batches}
+        real = {
+            name: [
+                _whole(case, *packed) for case, packed in zip(batches[name], held["real"][name], strict=True)
+            ]
+            for name in batches
+        }
     else:
         batches = {name: generate.batch(name, options.seed) for name in names}
         real = on_gpu(batches, options.seconds)
@@ -196,11 +230,16 @@ def main() -> int:
     summary = {"seed": options.seed, "cases": cases, "equal": equal, "row_ends": ends, "families": families}
     (out / "copies.json").write_text(json.dumps(summary, indent=1, default=str) + "\n", encoding="utf-8")
     if not options.replay:
-        packed = {name: [_packed(c, o) for c, o in zip(batches[name], real[name], strict=True)] for name in batches}
+        packed = {
+            name: [_packed(c, o) for c, o in zip(batches[name], real[name], strict=True)] for name in batches
+        }
         content = pickle.dumps({"batches": batches, "real": packed})
         (out / "copies_hardware.pkl.xz").write_bytes(lzma.compress(content, preset=1))
     seconds = time.monotonic() - start
-    print(f"copies: {equal} of {cases} cases equal byte for byte, {seconds:.0f} s ({seconds_gpu:.0f} s on the GPU)")
+    print(
+        f"copies: {equal} of {cases} cases equal byte for byte, {seconds:.0f} s "
+        f"({seconds_gpu:.0f} s on the GPU)"
+    )
     return 0 if equal == cases else 1
 
 

@@ -23,8 +23,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 sys.path[:0] = [str(ROOT / "runtime"), str(ROOT / "tests"), str(ROOT / "tests/gpu")]
 
-from emulated.copies import encode_cases  # noqa: E402
 from twins.libcuda import Cuda  # noqa: E402
+
+from emulated.copies import encode_cases  # noqa: E402
 
 
 def main() -> int:
@@ -42,7 +43,10 @@ def main() -> int:
     at = -(-ctypes.addressof(memory) // 64) * 64
 
     def driver(arguments: dict) -> bool:
-        return cuda.encode_status(address + arguments["shift"] if not arguments["null"] else 0, arguments, at=at) == 0
+        return (
+            cuda.encode_status(address + arguments["shift"] if not arguments["null"] else 0, arguments, at=at)
+            == 0
+        )
 
     rng = random.Random(options.seed)
     tally: Counter = Counter()
@@ -52,7 +56,15 @@ def main() -> int:
         arguments = encode_cases.applied(base, changes)
         theirs, (ours, reason) = driver(arguments), encode_cases.accepts(arguments, address)
         later = encode_cases.of_later_devices(arguments)
-        tally["later devices" if later else "accepted by both" if theirs and ours else "refused by both" if not theirs and not ours else "differ"] += 1
+        tally[
+            "later devices"
+            if later
+            else "accepted by both"
+            if theirs and ours
+            else "refused by both"
+            if not theirs and not ours
+            else "differ"
+        ] += 1
         if theirs == ours:
             continue
 
@@ -66,8 +78,16 @@ def main() -> int:
                 changes = fewer
         arguments = encode_cases.applied(base, changes)
         ours, reason = encode_cases.accepts(arguments, address)
-        side = "the driver takes it, the emulator refuses" if theirs else "the driver refuses, the emulator takes it"
-        what = (reason or "").split(":")[0] if theirs else ", ".join(sorted(name for name, *_ in changes)) or "a legal set"
+        side = (
+            "the driver takes it, the emulator refuses"
+            if theirs
+            else "the driver refuses, the emulator takes it"
+        )
+        what = (
+            (reason or "").split(":")[0]
+            if theirs
+            else ", ".join(sorted(name for name, *_ in changes)) or "a legal set"
+        )
         key = f"{'later devices: ' if later else ''}{side}: {what}"
         cause = causes.setdefault(key, {"count": 0, "later": later, "examples": []})
         cause["count"] += 1
@@ -79,7 +99,8 @@ def main() -> int:
         for example in cause["examples"]:
             print(f"          {json.dumps(example, default=str)[:700]}")
     Path(options.out, "encoding.json").write_text(
-        json.dumps({"seed": options.seed, "tally": tally, "causes": causes}, indent=1, default=str) + "\n", encoding="utf-8"
+        json.dumps({"seed": options.seed, "tally": tally, "causes": causes}, indent=1, default=str) + "\n",
+        encoding="utf-8",
     )
     print(f"encoding: {dict(tally)}, {time.monotonic() - start:.0f} s")
     return 0 if not differ else 1

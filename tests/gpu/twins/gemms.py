@@ -1,19 +1,20 @@
 #!/usr/bin/env python3
-"""The sm_90a twin of every GEMM variant, its preparation kernels and the MMA probes: the same calls on the GPU
-and on the emulator.
+"""The sm_90a twin of every GEMM variant, its preparation kernels and the MMA probes: the same calls on the
+GPU and on the emulator.
 
     python tests/gpu/twins/gemms.py [--out FOLDER] [--jobs N] [-k TEXT] [--no-gpu]
 
 Compared: outputs with the guards around them, the group arrays that preparation kernels write (byte by byte,
-addresses relative to their operand), and the tensor maps that the GEMMs left in the workspace (the emulator's,
-decoded and encoded by the real driver).
+addresses relative to their operand), and the tensor maps that the GEMMs left in the workspace (the
+emulator's, decoded and encoded by the real driver).
 
-Outputs of "exact" problems, and all that is no output, must be equal bit for bit. Elsewhere both sides sum the
-same products in another order and to another precision. With S = sum_k |a_scale a| |b_scale b|, an MMA of 32
-products adds to an accumulator of magnitude at most S; hardware aligns its addends and keeps at least 21 bits,
-an error of at most 2^-20 S, and the emulator rounds once, 2^-24 S. Over the K / 32 MMAs of an element the two
-sums part by at most (K / 32) (2^-20 + 2^-24) S. Scales and bias are applied by the same FP32 operations, so that
-what follows adds the rounding to the output's type on each side, half a unit in the last place each:
+Outputs of "exact" problems, and all that is no output, must be equal bit for bit. Elsewhere both sides sum
+the same products in another order and to another precision. With S = sum_k |a_scale a| |b_scale b|, an MMA of
+32 products adds to an accumulator of magnitude at most S; hardware aligns its addends and keeps at least 21
+bits, an error of at most 2^-20 S, and the emulator rounds once, 2^-24 S. Over the ceil(K / 32) MMAs of an
+element the two sums part by at most ceil(K / 32) (2^-20 + 2^-24) S. Scales and bias are applied by the same
+FP32 operations, so that what follows adds the rounding to the output's type on each side, half a unit in the
+last place each:
 
     |emulator - GPU| <= ulp_out + ceil(K / 32) (2^-20 + 2^-24) S
 """
@@ -21,7 +22,6 @@ what follows adds the rounding to the output's type on each side, half a unit in
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import sys
@@ -41,7 +41,6 @@ from twins.problems import Call, Operand, Problem  # noqa: E402
 
 import sm12x  # noqa: E402
 from sm12x import abi, manifest, reference  # noqa: E402
-from sm12x.arrays import numpy_dtype  # noqa: E402
 from sm12x.reference.rounding import ulp  # noqa: E402
 
 STEP = 2.0**-20 + 2.0**-24
@@ -153,14 +152,19 @@ def bounds(call: Call) -> list[np.ndarray]:
     if not p.shapes:
         refs, sums = [refs], [sums]
     return [
-        ulp(ref, p.out) + -(-k // 32) * STEP * total
-        for ref, total, k in zip(refs, sums, ks, strict=True)
+        ulp(ref, p.out) + -(-k // 32) * STEP * total for ref, total, k in zip(refs, sums, ks, strict=True)
     ]
 
 
 def compare(problem: Problem, ours: dict[str, Any], theirs: dict[str, Any], encode: Any) -> dict[str, Any]:
     """What differs, and how much is equal."""
-    result: dict[str, Any] = {"problem": problem.key, "failures": [], "elements": 0, "identical": 0, "worst": 0.0}
+    result: dict[str, Any] = {
+        "problem": problem.key,
+        "failures": [],
+        "elements": 0,
+        "identical": 0,
+        "worst": 0.0,
+    }
     for side, found in (("emulator", ours), ("GPU", theirs)):
         if "error" in found:
             result["failures"].append(f"{side}: {found['error']}")
@@ -185,7 +189,10 @@ def _compare_output(
     limit: Any,
     strict: bool,
 ) -> None:
-    sides = [Operand(found["outs"][number], out.offset, out.shape, out.strides, out.dtype) for found in (ours, theirs)]
+    sides = [
+        Operand(found["outs"][number], out.offset, out.shape, out.strides, out.dtype)
+        for found in (ours, theirs)
+    ]
     before = out.buffer.copy()
     owned = call.owned[number]
     mine, real = (side.host()[owned].copy() for side in sides)
@@ -222,11 +229,18 @@ def _compare_output(
     for name, side in zip(names, sides, strict=True):
         wrong = np.flatnonzero(side.buffer != before)
         if len(wrong):
-            result["failures"].append(f"{label}: {name} wrote {len(wrong)} bytes outside, first at {int(wrong[0])}")
+            result["failures"].append(
+                f"{label}: {name} wrote {len(wrong)} bytes outside, first at {int(wrong[0])}"
+            )
 
 
 def _compare_workspace(
-    result: dict[str, Any], problem: Problem, call: Call, ours: dict[str, Any], theirs: dict[str, Any], encode: Any
+    result: dict[str, Any],
+    problem: Problem,
+    call: Call,
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    encode: Any,
 ) -> None:
     groups = len(problem.rows)
     variant = manifest.default().variants[problem.variant]
@@ -251,9 +265,11 @@ def _compare_workspace(
     result["maps"] = _compare_maps(ours, theirs, maps, call, encode)
 
 
-def _compare_maps(ours: dict[str, Any], theirs: dict[str, Any], size: int, call: Call, encode: Any) -> dict[str, int]:
-    """How many tensor maps are the same: untouched on both sides, or the emulator's, encoded by the driver with
-    the GPU's address, the GPU's bytes."""
+def _compare_maps(
+    ours: dict[str, Any], theirs: dict[str, Any], size: int, call: Call, encode: Any
+) -> dict[str, int]:
+    """How many tensor maps are the same: untouched on both sides, or the emulator's, encoded by the driver
+    with the GPU's address, the GPU's bytes."""
     from sm12x.emulator import tensor_map
 
     tally = {"untouched": 0, "equal": 0, "differ": 0, "not comparable": 0}
@@ -343,7 +359,9 @@ def compare_probes(gpu: Any) -> list[dict[str, Any]]:
                 real = probe._run(gpu, function, operands, steps)
                 mine = emulated_probe(f"mma_probe_{form}", values, steps)
                 equal = mine.view(np.uint32) == real.view(np.uint32)
-                cut = emulated_probe(f"mma_probe_{form}", values, steps, 22).view(np.uint32) == real.view(np.uint32)
+                cut = emulated_probe(f"mma_probe_{form}", values, steps, 22).view(np.uint32) == real.view(
+                    np.uint32
+                )
                 row = {
                     "problem": f"mma_probe_{form}: {values}, {steps} steps",
                     "failures": [],
@@ -371,12 +389,18 @@ def main() -> int:
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2)
     parser.add_argument("-k", dest="text", default="", help="problems whose name has this")
-    parser.add_argument("--no-gpu", action="store_true", help="the emulator against itself, to try this program")
+    parser.add_argument(
+        "--no-gpu", action="store_true", help="the emulator against itself, to try this program"
+    )
     options = parser.parse_args()
     start = time.monotonic()
     chosen = [p for p in data.problems() if options.text in p.key]
     # The longest first.
-    chosen.sort(key=lambda p: -sum(-(-max(r, 1) // 64) for r in p.rows) * max([p.n * p.k, *(n * k for n, k in p.shapes)]))
+    chosen.sort(
+        key=lambda p: (
+            -sum(-(-max(r, 1) // 64) for r in p.rows) * max([p.n * p.k, *(n * k for n, k in p.shapes)])
+        )
+    )
     results: list[dict[str, Any]] = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         running = [pool.submit(emulated, problem) for problem in chosen]
@@ -415,8 +439,8 @@ def report(results: list[dict[str, Any]], out: Path, seconds: float) -> int:
             maps[name] = maps.get(name, 0) + count
         word = "ok" if not row["failures"] else "FAILED"
         print(
-            f"{row['problem']:<{width}}  {word:6}  {row['identical']:7} of {row['elements']:7} bit-identical, "
-            f"worst {row['worst']:.3f} of the bound"
+            f"{row['problem']:<{width}}  {word:6}  {row['identical']:7} of {row['elements']:7} bit-identical,"
+            f" worst {row['worst']:.3f} of the bound"
             + (f", status {row['status'][0]}" if row.get("status", [0])[0] else "")
             + (f", {row['identical_with_22_bits']} with 22 bits" if "identical_with_22_bits" in row else "")
         )

@@ -20,9 +20,10 @@ ROOT = HERE.parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/gpu")]
 
 import numpy as np  # noqa: E402
+from twins.libcuda import Cuda, CudaFailure  # noqa: E402
+
 from emulated.copies import ptx  # noqa: E402
 from emulated.copies.case import RECORD_BYTES, Case, Map, Outcome  # noqa: E402
-from twins.libcuda import Cuda, CudaFailure  # noqa: E402
 
 SECONDS = 60  # after which a batch counts as hung
 _LINE = 1024  # arenas begin at multiples of it
@@ -105,7 +106,7 @@ def _functions(cuda: Cuda, names: tuple[str, ...]) -> dict:
 
 
 def _take_raw(case: Case, arena: np.ndarray) -> int | None:
-    """What hardware had in the mbarrier, taken out of the result, which the emulator has nothing to put into."""
+    """What hardware had in the mbarrier, taken out of the result, where the emulator has nothing to put."""
     if not case.kernel.startswith(("load", "replace", "bulk_load", "bulk_within")):
         return None
     at = case.places[2] + 8

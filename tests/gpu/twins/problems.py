@@ -26,9 +26,9 @@ GUARD_ROWS, GUARD_COLUMNS = 3, 16
 
 @dataclass(frozen=True)
 class Problem:
-    """`rows` of each group; n and k of all of them, or for a list call `shapes` (n, k) of each. Scales: "value",
-    "one", "group" or "vector". `offsets` replaces the right ones; `margin` are rows before and behind those of
-    groups. `pad` are elements between rows of a and b."""
+    """`rows` of each group; n and k of all of them, or for a list call `shapes` (n, k) of each. Scales:
+    "value", "one", "group" or "vector". `offsets` replaces the right ones; `margin` are rows before and
+    behind those of groups. `pad` are elements between rows of a and b."""
 
     variant: str
     name: str
@@ -224,7 +224,9 @@ def problems() -> list[Problem]:
     for variant in gemm_variants("sm_90a"):
         key = variant.key
 
-        def add(name: str, rows: tuple[int, ...], n: int = 0, k: int = 0, key: str = key, **more: Any) -> None:
+        def add(
+            name: str, rows: tuple[int, ...], n: int = 0, k: int = 0, key: str = key, **more: Any
+        ) -> None:
             found.append(Problem(key, name, rows, n, k, **more))
 
         add("full tiles", (128, 64), 128, 128)
