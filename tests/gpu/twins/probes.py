@@ -41,8 +41,8 @@ def emulated_probe(key: str, values: str, steps: int, truncate_bits: int | None 
 
 
 def compare_probes(gpu: Any, step: float) -> list[dict[str, Any]]:
-    """A row for each probe and kind of operands. `step` is by how much the two sides may part in one MMA, over
-    the magnitude of the sum."""
+    """A row for each probe and kind of operands. `step` is by how much the two sides may part in one MMA,
+    over the magnitude of the sum."""
     from sm12x.validation import probe
 
     found = []
