@@ -665,6 +665,18 @@ def test_the_shipped_kernels_compute_a_list_call(fresh, rng):
     assert within_tolerance(outs, arguments)
 
 
+def test_what_kernels_write_into_a_workspace_comes_back(fresh, rng):
+    arguments = packed(rng, (3, 4))
+    size = sm12x.workspace_size(2, backend="emulator")
+    aligned = np.full(size + 256, 0xAB, np.uint8)
+    workspace = aligned[-aligned.ctypes.data % 256 :][:size]
+    run({**arguments, "workspace": workspace}, variant=SMALL)
+    groups = workspace.tobytes()
+    shapes = np.array([[16, 3, 32], [16, 4, 32]], np.int32).tobytes()  # (n, rows, k): operands are swapped
+    assert shapes in groups
+    assert (aligned[: workspace.ctypes.data - aligned.ctypes.data] == 0xAB).all()
+
+
 def test_the_shipped_preparation_finds_bad_offsets(fresh, rng, monkeypatch):
     monkeypatch.setattr(launch, "CHECK", True)
     arguments = packed(rng, (3, 4), out=np.full((7, 16), 5, ml_dtypes.bfloat16))

@@ -2,7 +2,7 @@
 
 What a call is given is copied there byte by byte, and lies as it lay: arrays that share memory share it there
 too, strides stay, and an address off a multiple of 16 stays off it. Bytes between rows, outputs and the
-workspace count as never written, so that a kernel which reads them is caught; outputs come back only where a
+workspace count as never written, so that a kernel which reads them is caught; both come back only where a
 kernel wrote them. What it wrote anywhere else is an EmulatorError.
 """
 
@@ -102,9 +102,9 @@ class _Region:
             )
 
     def collect(self) -> None:
-        """Copy back what kernels wrote to outputs."""
+        """Copy back what kernels wrote to outputs and the workspace."""
         for piece in self.pieces:
-            if piece.role == OUTPUT:
+            if piece.role != INPUT:
                 written = self._view(self._written(), piece)
                 np.copyto(piece.host, self._view(self._memory.data, piece), where=written)
 

@@ -10,6 +10,8 @@ programming guide, TMA swizzle. Where they leave a choice, this is the one taken
   which C/8 is a dimension like any other). Under this reading all that the driver API says of interleave has
   a reason: at least 3 dimensions, a step along dimension 0, no rule for the bytes of a row. Nobody here has
   compared it with hardware.
+- A write does not stop at the end of a row but at that of the row's last 16 bytes, past the tensor's extent
+  where that is no multiple of 16 bytes; reads do stop there. No document says so; an H200 does it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 MOST_BYTES = 256 * 1024  # more than the shared memory of any SM
 SHARED_ALIGNMENT = 128  # of a box in shared memory, in bytes
 _UNITS = (1, 2, 4, 8, 16)
+_WRITE_UNIT = 16  # bytes of a row that are written, or not, together as far as the row's end decides
 _PATTERN = 1024  # bytes after which the widest swizzle repeats
 
 
@@ -123,6 +126,7 @@ def walk(
     coords: Sequence[int],
     shared_address: int,
     unit: int | None,
+    writes: bool = False,
 ) -> Box:
     """The box at `coords` of a tensor at `address`; see `TensorMap.box_elements`."""
     if len(coords) != len(dims):
@@ -137,6 +141,8 @@ def walk(
     if coords[0] % multiple:
         raise ValueError(f"coordinate 0: expected a multiple of {multiple} for that type, got {coords[0]}")
     first, have, items = coords[0] // elements, dims[0] // elements, layout.counts[0] // elements
+    if writes:
+        have = -(-have * size // _WRITE_UNIT) * _WRITE_UNIT // size
     step = layout.steps[0]
     # The items of a row that are inside, if any are.
     begin = min(items, max(0, -(first // step)))

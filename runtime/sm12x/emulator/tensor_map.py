@@ -118,14 +118,22 @@ class TensorMap:
         """16 bytes whose first n are what n bytes out of bounds are filled with, for n = 1, 2, 4, 8, 16."""
         return _NAN_FILL if self.fill == "nan" else bytes(16)
 
-    def box_elements(self, coords: Sequence[int], shared_address: int = 0, *, unit: int | None = None) -> Box:
+    def box_elements(
+        self,
+        coords: Sequence[int],
+        shared_address: int = 0,
+        *,
+        unit: int | None = None,
+        writes: bool = False,
+    ) -> Box:
         """Where the bytes of the box that begins at `coords` (innermost first, may be negative) lie in global
         and in shared memory, where it begins at `shared_address`.
 
         `unit`: bytes per entry of the index arrays, a power of two up to 16; None takes the largest that fits
-        the box. Raises ValueError where rank, alignment or unit do not fit.
+        the box. `writes`: for a store or reduction, whose rows end where their last 16 bytes do. Raises
+        ValueError where rank, alignment or unit do not fit.
         """
-        return walk(self.layout, self.address, self.dims, tuple(coords), shared_address, unit)
+        return walk(self.layout, self.address, self.dims, tuple(coords), shared_address, unit, writes)
 
 
 def encode_tiled(

@@ -59,13 +59,13 @@ def read_map(cta: Cta, address: int) -> tensor_map.TensorMap:
 
 
 def _box(
-    cta: Cta, map_address: int, coordinates: tuple[int, ...], shared: int
+    cta: Cta, map_address: int, coordinates: tuple[int, ...], shared: int, *, writes: bool = False
 ) -> tuple[Box, Region | None, int]:
     """The box of a copy, the allocation that its in-bounds part lies in (None where it has none), and its
     fill.
     """
     found = read_map(cta, map_address)
-    box = found.box_elements(coordinates, shared)
+    box = found.box_elements(coordinates, shared, writes=writes)
     region = None
     if box.low < box.high:
         region = cta.grid.memory.region(box.low, "tensor copy")
@@ -237,7 +237,7 @@ def _submit_tensor_store(
     cta = w.cta
 
     def locate() -> tuple[Array, Array, Region | None, int]:
-        box, region, _ = _box(cta, map_address, coordinates, shared)
+        box, region, _ = _box(cta, map_address, coordinates, shared, writes=True)
         source, to = box.offsets + shared, box.addresses
         if box.in_bounds is not None:
             source, to = source[box.in_bounds], to[box.in_bounds]

@@ -1,0 +1,371 @@
+"""The cases: which copies are run on both sides, drawn from a seed, and what each family is about."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from emulated.copies import mbarrier_scripts, ptx
+from emulated.copies.case import FIELDS, GUARD, SHARED_BYTES, SLICES, SPANS, TYPES, Case, Map
+
+ROOM = SHARED_BYTES - 2048  # what boxes may take of shared memory
+_REDUCIBLE = {  # element types that PTX ISA gives tensor reductions, and f32.add, which CUTLASS uses
+    "add": (2, 3, 4, 6, 9, 7),
+    "min": (2, 3, 4, 5, 6, 9),
+    "max": (2, 3, 4, 5, 6, 9),
+    "inc": (2,),
+    "dec": (2,),
+    "and": (2, 3, 4, 5),
+    "or": (2, 3, 4, 5),
+    "xor": (2, 3, 4, 5),
+}
+_CONTENT = {2: "u32", 3: "u32", 4: "u64", 5: "u64", 6: "f16", 7: "f32", 9: "bf16"}
+
+
+def _align(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def random_map(
+    rng: random.Random,
+    *,
+    rank: int | None = None,
+    kind: int | None = None,
+    interleave: int = 0,
+    swizzle: int | None = None,
+    steps: bool = False,
+    overlap: bool = False,
+) -> Map:
+    """A legal map whose box fits `ROOM`; `overlap` lets strides be shorter than what they step over, which a
+    load may."""
+    while True:
+        r = rank or rng.randint(3 if interleave else 1, 5)
+        k = rng.choice(list(TYPES)) if kind is None else kind
+        size = SLICES[interleave] or TYPES[k][1]
+        s = 1 if interleave == 2 else rng.randint(0, 3) if swizzle is None else swizzle
+        widest = SPANS[s] or rng.choice([16, 32, 64, 128, 128, 256])
+        if interleave:
+            inner, first = rng.randint(1, 6), rng.randint(1, 9)
+        else:
+            units = rng.randint(1, max(1, min(widest, 256 * size) // 16))
+            inner = min(256, units * 16 // size)
+            first = rng.randint(1, 3 * inner)
+            if rng.random() < 0.4:
+                first = _align(first, 16 // size if size < 16 else 1)
+        box = (inner, *(rng.choice([1, 2, 3, 4, 5, 8]) for _ in range(r - 1)))
+        dims = (first, *(rng.randint(1, 9) for _ in range(r - 1)))
+        element_steps = tuple(rng.choice([1, 2, 3, 8]) if steps else 1 for _ in range(r))
+        if not interleave:
+            element_steps = (1, *element_steps[1:])
+        align = 32 if interleave == 2 else 16
+        strides: list[int] = []
+        stride = first * size
+        for extent in dims[1:]:
+            stride = _align(stride, align) + align * rng.choice([0, 0, 1, 2])
+            if overlap and rng.random() < 0.5:
+                stride = align * rng.randint(0, 4)
+            strides.append(stride)
+            stride = max(stride * extent, first * size)
+        fill = int(TYPES[k][2] and rng.random() < 0.4)
+        m = Map(k, dims, tuple(strides), box, element_steps, interleave, s, rng.randint(0, 3), fill)
+        if m.shared_bytes + 1024 <= ROOM and m.tensor_bytes < 60000:
+            return m
+
+
+def coordinates(rng: random.Random, m: Map, mode: str = "any") -> tuple[int, ...]:
+    """Where a box begins: inside, across one edge or another, or wholly outside."""
+    found = []
+    for extent, box, step in zip(m.dims, m.box, m.steps, strict=True):
+        reach = box
+        del step
+        choices = {
+            "inside": [rng.randint(0, max(0, extent - reach))],
+            "any": [0, 0, rng.randint(-reach, extent), rng.randint(0, extent), -1, extent - 1],
+            "outside": [-reach, extent, -reach - 1, extent + 1, -reach - rng.randint(0, 1 << 20), 1 << 30],
+        }
+        found.append(rng.choice(choices["any" if mode == "outside" else mode]))
+    if mode == "outside":
+        d = rng.randrange(m.rank)
+        found[d] = rng.choice(
+            [-m.box[d], m.dims[d], -m.box[d] - 1, m.dims[d] + 1, -(1 << 30), (1 << 31) - 1, -(1 << 31)]
+        )
+    return tuple(found)
+
+
+def tensor_case(
+    rng: random.Random,
+    family: str,
+    kernel: str,
+    m: Map,
+    coords: tuple[int, ...],
+    *,
+    content: str = "bits",
+    note: str = "",
+    template: Map | None = None,
+    replaced: tuple[str, ...] = (),
+) -> Case:
+    offset = 128 * rng.randint(0, 7)
+    return Case(
+        family,
+        f"{kernel}_{m.rank}d",
+        rng.randrange(1 << 32),
+        _align(m.tensor_bytes + m.offset + GUARD, 256),
+        min(SHARED_BYTES, _align(offset + m.shared_bytes, 512)),
+        m,
+        template,
+        replaced,
+        coords,
+        offset,
+        m.box_bytes,
+        content=content,
+        note=note,
+    )
+
+
+def loads(rng: random.Random, count: int) -> Iterator[Case]:
+    for number in range(count):
+        mode = ("any", "inside", "any", "outside", "any")[number % 5]
+        m = random_map(rng, rank=1 + number // 5 % 5, overlap=number % 7 == 0)
+        yield tensor_case(rng, "load", "load", m, coordinates(rng, m, mode))
+
+
+def strided_loads(rng: random.Random, count: int) -> Iterator[Case]:
+    for _ in range(count):
+        m = random_map(rng, rank=rng.randint(2, 5), steps=True)
+        yield tensor_case(rng, "load, element strides", "load", m, coordinates(rng, m))
+
+
+def narrow_loads(rng: random.Random, count: int) -> Iterator[Case]:
+    """Rows narrower than the swizzle span."""
+    for number in range(count):
+        swizzle = 1 + number % 3
+        kind = rng.choice(list(TYPES))
+        size = TYPES[kind][1]
+        inner = rng.randint(1, max(1, SPANS[swizzle] // 16 - 1)) * 16 // size
+        rank = rng.randint(2, 3)
+        dims = (rng.randint(1, 2 * inner), *(rng.randint(2, 12) for _ in range(rank - 1)))
+        strides = [_align(dims[0] * size, 16)]
+        if rank == 3:
+            strides.append(strides[0] * dims[1])
+        box = (inner, *(rng.randint(1, 9) for _ in range(rank - 1)))
+        m = Map(kind, dims, tuple(strides), box, (1,) * rank, 0, swizzle, 0, 0)
+        kernel = ("load", "load", "store")[number % 3]
+        yield tensor_case(rng, f"{kernel}, narrow rows", kernel, m, coordinates(rng, m))
+
+
+def interleaved(rng: random.Random, count: int) -> Iterator[Case]:
+    for number in range(count):
+        kind = rng.choice(list(TYPES))
+        m = random_map(
+            rng,
+            kind=kind,
+            interleave=1 + number % 2,
+            swizzle=0 if number % 4 < 2 else None,
+            steps=number % 3 == 0,
+        )
+        kernel = "load" if number % 3 or m.steps[0] > 1 else "store"
+        if kernel == "store" and any(step > 1 for step in m.steps):
+            kernel = "load"
+        yield tensor_case(rng, f"{kernel}, interleave", kernel, m, coordinates(rng, m))
+
+
+def stores(rng: random.Random, count: int) -> Iterator[Case]:
+    for number in range(count):
+        mode = ("any", "inside", "any", "outside", "any")[number % 5]
+        m = random_map(rng, rank=1 + number // 5 % 5)
+        yield tensor_case(rng, "store", "store", m, coordinates(rng, m, mode))
+
+
+def row_ends(rng: random.Random, count: int) -> Iterator[Case]:
+    """A row of every length against boxes that end in it, at it and behind it: what is written past it.
+
+    The same map and place for a store, a reduction and a load.
+    """
+    del count
+    for kind in (0, 1, 2, 4):
+        size = TYPES[kind][1]
+        per_unit = 16 // size
+        for swizzle in range(4):
+            inner = min(SPANS[swizzle] or 48, 48) // size
+            inner = _align(inner, per_unit) if inner % per_unit else inner
+            for extent in range(1, 2 * per_unit + 2, 1 if per_unit <= 4 else 3):
+                starts = sorted({0, 1, per_unit, extent - 1, extent, extent + 1, -1, per_unit // 2})
+                for start in starts:
+                    stride = _align(extent * size, 16) + 16 * rng.randint(0, 1)
+                    m = Map(kind, (extent, 3), (stride,), (inner, 2), (1, 1), 0, swizzle, 0, 0)
+                    coords = (start, rng.choice([0, 1, 2]))
+                    note = f"extent {extent * size} bytes, from {start * size} on"
+                    yield tensor_case(rng, "store, row ends", "store", m, coords, note=note)
+                    if start % 2 == 0 or size >= 4:
+                        yield tensor_case(rng, "load, row ends", "load", m, coords, note=note)
+                    if size >= 4:
+                        yield tensor_case(rng, "reduce, row ends", "reduce_xor", m, coords, note=note)
+
+
+def reductions(rng: random.Random, count: int) -> Iterator[Case]:
+    every = [(op, kind) for op, kinds in _REDUCIBLE.items() for kind in kinds]
+    for number in range(count):
+        operation, kind = every[number % len(every)]
+        m = random_map(rng, rank=1 + number // len(every) % 5, kind=kind)
+        coords = coordinates(rng, m)
+        family = f"reduce {operation} {TYPES[kind][0]}"
+        yield tensor_case(rng, family, f"reduce_{operation}", m, coords, content=_CONTENT[kind])
+
+
+def prefetches(rng: random.Random, count: int) -> Iterator[Case]:
+    for number in range(count):
+        m = random_map(rng, rank=1 + number % 5)
+        yield tensor_case(rng, "prefetch", "prefetch", m, coordinates(rng, m))
+
+
+def replacements(rng: random.Random, count: int) -> Iterator[Case]:
+    """One field after the other replaced alone, then all: the map that the load goes through is the target's,
+    whose fields the template has but for those."""
+    for number in range(count):
+        rank = 1 + number % 5
+        target = random_map(rng, rank=rank, steps=number % 3 == 0)
+        other = random_map(rng, rank=rank)
+        kinds = [("global_address", {"offset": target.offset + 64})]
+        kinds.append(("global_dim", {"dims": other.dims}))
+        kinds.append(("box_dim", {"box": (target.box[0], *other.box[1:])}))
+        kinds.append(("fill_mode", {"fill": 0}))
+        if rank > 1:
+            kinds.append(("global_stride", {"strides": tuple(s + 32 for s in target.strides)}))
+            kinds.append(("element_stride", {"steps": (1,) * rank}))
+            kinds.append(("swizzle_mode", {"swizzle": (target.swizzle + 1) % 4}))
+        same = [k for k, (_, size, floating) in TYPES.items() if size == TYPES[target.kind][1]]
+        same = [k for k in same if TYPES[k][2] or not target.fill]
+        kinds.append(("elemtype", {"kind": rng.choice(same)}))
+        kinds.append(("rank", {}))
+        which = number // 5 % (len(kinds) + 2)
+        fields = target.__dict__.copy()
+        if which < len(kinds):
+            name, change = kinds[which]
+            names: tuple[str, ...] = (name,)
+            template = Map(**{**fields, **change})
+            if name == "rank":
+                # A map of one dimension more, whose last is not looked at any more, or the target itself.
+                deeper = rank < 5
+                template = (
+                    Map(
+                        **{
+                            **fields,
+                            "dims": (*target.dims, 1),
+                            "strides": (*target.strides, _align(target.tensor_bytes, 16)),
+                            "box": (*target.box, 1),
+                            "steps": (*target.steps, 1),
+                        }
+                    )
+                    if deeper
+                    else target
+                )
+            elif name == "swizzle_mode":
+                wide = target.box[0] * TYPES[target.kind][1]
+                if template.swizzle and wide > SPANS[template.swizzle]:
+                    template = Map(**{**fields, "swizzle": 0})
+        else:
+            template = other
+            names = FIELDS
+        family = "replace all fields" if names == FIELDS else f"replace {names[0]}"
+        coords = coordinates(rng, target)
+        yield tensor_case(rng, family, "replace", target, coords, template=template, replaced=names)
+    for number in range(count // 8):
+        # Interleave on and off needs a template that is legal both ways.
+        target = random_map(rng, rank=3 + number % 3, interleave=1, swizzle=0)
+        template = random_map(rng, rank=target.rank)
+        yield tensor_case(
+            rng,
+            "replace all fields, interleave",
+            "replace",
+            target,
+            coordinates(rng, target),
+            template=template,
+            replaced=FIELDS,
+        )
+
+
+def bulk_copies(rng: random.Random, count: int) -> Iterator[Case]:
+    names = ["bulk_load", "bulk_store", "bulk_within", "bulk_prefetch"]
+    for number in range(count):
+        kernel = names[number % 4]
+        size = 16 * rng.choice([1, 2, 3, rng.randint(1, 255), 255, 256])
+        offset = 16 * rng.randint(0, 64)
+        start = GUARD + 16 * rng.randint(0, 15)
+        extra = 8192 + 16 * rng.randint(0, 64)
+        dump = _align(max(offset, extra if kernel == "bulk_within" else 0) + size + 256, 512)
+        yield Case(
+            kernel.replace("_", " "),
+            kernel,
+            rng.randrange(1 << 32),
+            _align(start + size + GUARD, 256),
+            min(dump, SHARED_BYTES),
+            offset=offset,
+            size=size,
+            start=start,
+            extra=extra,
+        )
+
+
+def bulk_reductions(rng: random.Random, count: int) -> Iterator[Case]:
+    every = [(op, kind) for op, kinds in ptx.BULK_REDUCTIONS.items() for kind in kinds]
+    for number in range(count):
+        operation, kind = every[number % len(every)]
+        size = 16 * rng.choice([1, 2, rng.randint(1, 127), 128])
+        offset, start = 16 * rng.randint(0, 16), GUARD + 16 * rng.randint(0, 15)
+        yield Case(
+            f"bulk {operation} {kind}",
+            f"bulk_{operation}_{kind}",
+            rng.randrange(1 << 32),
+            _align(start + size + GUARD, 256),
+            _align(offset + size + 256, 512),
+            offset=offset,
+            size=size,
+            start=start,
+            content=f"u{kind[1:]}" if kind[0] in "sb" and kind != "bf16" else kind,
+        )
+
+
+def cp_asyncs(rng: random.Random, count: int) -> Iterator[Case]:
+    for number in range(count):
+        cache, size = ptx.CP_ASYNC[number % len(ptx.CP_ASYNC)]
+        start = GUARD + size * rng.randint(0, 9)
+        yield Case(
+            "cp.async",
+            f"cp_async_{cache}_{size}",
+            rng.randrange(1 << 32),
+            _align(start + 32 * size + GUARD, 256),
+            1024,
+            offset=16 * rng.randint(0, 16),
+            start=start,
+            extra=rng.randint(0, 16),
+            note=f"sources of {size} bytes and fewer",
+        )
+
+
+def barriers(rng: random.Random, count: int) -> Iterator[Case]:
+    for number in range(min(count, mbarrier_scripts.COUNT)):
+        yield Case("mbarrier", f"mbarrier_{number}", rng.randrange(1 << 32), 256, 512)
+
+
+# What is drawn, and how much of it: the number of cases for a full run.
+FAMILIES: dict[str, tuple[Callable[[random.Random, int], Iterator[Case]], int]] = {
+    "loads": (loads, 2000),
+    "strided": (strided_loads, 500),
+    "narrow": (narrow_loads, 600),
+    "interleaved": (interleaved, 400),
+    "stores": (stores, 1200),
+    "row_ends": (row_ends, 0),
+    "reductions": (reductions, 1240),
+    "prefetches": (prefetches, 20),
+    "replacements": (replacements, 1200),
+    "bulk": (bulk_copies, 400),
+    "bulk_reductions": (bulk_reductions, 540),
+    "cp_async": (cp_asyncs, 60),
+    "mbarrier": (barriers, mbarrier_scripts.COUNT),
+}
+
+
+def batch(name: str, seed: int) -> list[Case]:
+    """The cases of one of FAMILIES."""
+    make, count = FAMILIES[name]
+    return list(make(random.Random(f"{seed} {name}"), count))
