@@ -114,7 +114,9 @@ def run_on_device(device: on_device.Device, work: Sequence[Group], seed: int) ->
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each family."""
-    lines = [f"{'family':<16} {'forms':>6} {'results':>10} {'mismatches':>10} {'forms failed':>12} {'worst':>7}"]
+    lines = [
+        f"{'family':<16} {'forms':>6} {'results':>10} {'mismatches':>10} {'forms failed':>12} {'worst':>7}"
+    ]
     for family in tables.FAMILIES:
         mine = [row for row in rows if row.family == family]
         if mine:
@@ -174,7 +176,9 @@ def main() -> int:
         content = {**summary, "rows": [asdict(row) for row in rows]}
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     words = f"{summary['forms']} forms, {summary['results']} results, {summary['failed']} forms failed"
-    print(f"{device.name}, seed {options.seed}: {words}, {summary['seconds']} s ({device_seconds:.0f} s on the device)")
+    print(
+        f"{device.name}, seed {options.seed}: {words}, {summary['seconds']} s ({device_seconds:.0f} s on the device)"
+    )
     return 1 if failed else 0
 
 

@@ -123,11 +123,15 @@ def _accumulation(
     bad, worst = [], 0.0
     half = rule.accumulator == "f16"
     for x, y, whole in zip(got, want, limit, strict=True):
-        device, emulator, total = (decode(rule.accumulator, _parts(rule.accumulator, v)) for v in (x, y, whole))
+        device, emulator, total = (
+            decode(rule.accumulator, _parts(rule.accumulator, v)) for v in (x, y, whole)
+        )
         # k products and C: k sums, each off by at most one unit of a partial sum, and the last rounding
         bound = (k + 1) * 2.0 ** (1 - rule.bits) * total + (2.0**-24 if half else 2.0**-149)
         special = ~np.isfinite(emulator)
-        off = np.where(special, np.where(_parts(rule.accumulator, x) == _parts(rule.accumulator, y), 0, np.inf), 0.0)
+        off = np.where(
+            special, np.where(_parts(rule.accumulator, x) == _parts(rule.accumulator, y), 0, np.inf), 0.0
+        )
         # sums of which a part may overflow have no bound, and no order that is theirs
         open_ = ~np.isfinite(total) | (total > (60000.0 if half else 2.0**127))
         off = np.where(special | open_, off, np.abs(device - emulator) / bound)

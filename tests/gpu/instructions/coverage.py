@@ -24,13 +24,23 @@ HANDLERS = {
     **dict.fromkeys(("barrier.cluster.arrive", "barrier.cluster.wait"), _ORDER),
     "barrier.warp.sync": "another name of bar.warp.sync, which nvcc does not write and ptxas does not take",
     **dict.fromkeys(
-        (f"mbarrier.{name}" for name in ("arrive", "arrive_drop", "complete_tx", "expect_tx", "init", "inval")), _COPIES
+        (
+            f"mbarrier.{name}"
+            for name in ("arrive", "arrive_drop", "complete_tx", "expect_tx", "init", "inval")
+        ),
+        _COPIES,
     ),
     **dict.fromkeys((f"mbarrier.{name}" for name in ("pending_count", "test_wait", "try_wait")), _COPIES),
-    **dict.fromkeys((f"cp.async.{name}" for name in ("ca", "cg", "commit_group", "wait_all", "wait_group")), _COPIES),
-    **dict.fromkeys(("cp.async.mbarrier.arrive", "cp.reduce.async.bulk", "cp.reduce.async.bulk.tensor"), _COPIES),
+    **dict.fromkeys(
+        (f"cp.async.{name}" for name in ("ca", "cg", "commit_group", "wait_all", "wait_group")), _COPIES
+    ),
+    **dict.fromkeys(
+        ("cp.async.mbarrier.arrive", "cp.reduce.async.bulk", "cp.reduce.async.bulk.tensor"), _COPIES
+    ),
     **dict.fromkeys(("cp.async.bulk", "cp.async.bulk.commit_group", "cp.async.bulk.wait_group"), _COPIES),
-    **dict.fromkeys(("cp.async.bulk.tensor", "cp.async.bulk.prefetch.L2", "cp.async.bulk.prefetch.tensor"), _COPIES),
+    **dict.fromkeys(
+        ("cp.async.bulk.tensor", "cp.async.bulk.prefetch.L2", "cp.async.bulk.prefetch.tensor"), _COPIES
+    ),
     **dict.fromkeys(("tensormap.cp_fenceproxy", "tensormap.replace.tile"), _COPIES),
     **dict.fromkeys(("griddepcontrol.launch_dependents", "griddepcontrol.wait"), _CONTROL),
     **dict.fromkeys(("setmaxnreg.dec.sync.aligned", "setmaxnreg.inc.sync.aligned"), _CONTROL),
@@ -101,11 +111,15 @@ def _accepted(
 
 def numerics() -> Iterator[tuple[str, frozenset[str]]]:
     """Every form that the numerics of the emulator compute: an opcode as PTX writes it, and its words."""
-    operations = "add sub mul fma mad div rcp sqrt rsqrt sin cos lg2 ex2 tanh min max neg abs copysign".split()
+    operations = (
+        "add sub mul fma mad div rcp sqrt rsqrt sin cos lg2 ex2 tanh min max neg abs copysign".split()
+    )
     types = "f16 f16x2 bf16 bf16x2 f32 f64 f32x2 f32.f16 f32.bf16".split()
     kinds = [(op, type_) for op in operations for type_ in types]
     modes = (None, "rn", "rz", "rm", "rp", "approx", "full")
-    for op, type_, mode, flags in _accepted(arith.lookup, kinds, modes, ("ftz", "sat", "relu", "NaN", "xorsign", "abs")):
+    for op, type_, mode, flags in _accepted(
+        arith.lookup, kinds, modes, ("ftz", "sat", "relu", "NaN", "xorsign", "abs")
+    ):
         if op in ("min", "max") and flags & {"xorsign", "abs"} == {"abs"}:
             continue  # of three operands: SM 10.0
         yield _opcode(op, mode, flags, type_)
@@ -131,7 +145,12 @@ def matrices() -> Iterator[str]:
     for shape in ("m8n8", "m16n16", "m8n16", "m16n8"):
         for number in ("x1", "x2", "x4"):
             for trans in ("", ".trans"):
-                for kind, source in (("b16", None), ("b8", None), ("b8x16", "b6x16_p32"), ("b8x16", "b4x16_p64")):
+                for kind, source in (
+                    ("b16", None),
+                    ("b8", None),
+                    ("b8x16", "b6x16_p32"),
+                    ("b8x16", "b4x16_p64"),
+                ):
                     tail = f"{shape}.{number}{trans}.shared.{kind}" + (f".{source}" if source else "")
                     if _takes(matrix.ldmatrix, shape, number, bool(trans), kind, source):
                         yield f"ldmatrix.sync.aligned.{tail}"

@@ -51,7 +51,14 @@ class Form:
 
 
 def simple(
-    opcode: str, operands: str, result: str, *, after: str = "", note: str = "", rule: Rule | None = None, **more: str
+    opcode: str,
+    operands: str,
+    result: str,
+    *,
+    after: str = "",
+    note: str = "",
+    rule: Rule | None = None,
+    **more: str,
 ) -> Form:
     """`opcode result, operands...after;` with `operands` as words."""
     kinds = tuple(operands.split())

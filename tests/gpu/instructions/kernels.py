@@ -50,7 +50,10 @@ def _kernel(form: Form, name: str, count: int) -> str:
         lines += ["mov.u32 %box, box;", f"mad.lo.u32 %box, %t0, {MEMORY_BYTES}, %box;"]
         lines += [f"mul.lo.u32 %t1, %my_lane, {MEMORY_BYTES};", "sub.u32 %warp_box, %box, %t1;"]
     for bits in sorted({width(kind) for kind in form.operands}):
-        lines += [f"mul.wide.u32 %from{bits}, %index, {bits // 8};", f"add.u64 %from{bits}, %from{bits}, %in;"]
+        lines += [
+            f"mul.wide.u32 %from{bits}, %index, {bits // 8};",
+            f"add.u64 %from{bits}, %from{bits}, %in;",
+        ]
     for n, (kind, start) in enumerate(zip(form.operands, sources, strict=True)):
         place = places[f"a{n}"]
         if kind in PREDICATES:
@@ -64,7 +67,9 @@ def _kernel(form: Form, name: str, count: int) -> str:
     if "@" in form.code:  # a guarded result needs a value for the other lanes
         for n, kind in enumerate(form.results):
             place = places[f"d{n}"]
-            lines.append(f"setp.ne.u32 {place}, 0, 0;" if kind in PREDICATES else f"mov.b{width(kind)} {place}, 0;")
+            lines.append(
+                f"setp.ne.u32 {place}, 0, 0;" if kind in PREDICATES else f"mov.b{width(kind)} {place}, 0;"
+            )
     special = {n: f"%{n}" for n in ("memory", "box", "warp_memory", "warp_box")}
     lines.append(_filled(form.code, places | special))
     for bits in sorted({width(kind) for kind in form.results}):
@@ -77,7 +82,10 @@ def _kernel(form: Form, name: str, count: int) -> str:
         lines.append(f"st.global.b{width(kind)} [%to{width(kind)}+{start}], {place};")
     declared = [".reg .pred %p<64>;", ".reg .b16 %h<64>;", ".reg .b32 %r<64>;", ".reg .b64 %rd<64>;"]
     declared += [".reg .b32 %t<8>;", ".reg .b64 %q<8>;", ".reg .pred %c<4>;"]
-    declared += [".reg .b32 %index, %my_lane, %box, %warp_box;", ".reg .b64 %in, %out, %memory, %warp_memory;"]
+    declared += [
+        ".reg .b32 %index, %my_lane, %box, %warp_box;",
+        ".reg .b64 %in, %out, %memory, %warp_memory;",
+    ]
     declared += [".reg .b64 %from16, %from32, %from64, %to16, %to32, %to64;"]
     if shared:
         declared.append(f".shared .align 128 .b8 box[{THREADS * MEMORY_BYTES}];")

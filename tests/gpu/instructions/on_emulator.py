@@ -34,7 +34,9 @@ def split(form: Form, buffer: Any, count: int) -> list[Any]:
     return found
 
 
-def run(forms: Sequence[Form], operands: Sequence[Sequence[Any]], count: int, *, seed: int = 0) -> list[list[Any]]:
+def run(
+    forms: Sequence[Form], operands: Sequence[Sequence[Any]], count: int, *, seed: int = 0
+) -> list[list[Any]]:
     """The results of each form. Raises EmulatorError where a form is not implemented, or breaks a rule."""
     memory = GlobalMemory()
     loaded = load(module(forms, count), memory)

@@ -137,7 +137,9 @@ def _float(kind: str, rng: Rng, count: int) -> Any:
     near = assembled(rng.integers(-5, 6, count), fraction)
     tail = rng.integers(0, fraction_bits + 1, count).astype(word)
     half = (word(1) << tail) >> word(1)
-    ending = np.choose(rng.integers(0, 4, count), [np.zeros_like(half), half, half - (half > 0), half + (half > 1)])
+    ending = np.choose(
+        rng.integers(0, 4, count), [np.zeros_like(half), half, half - (half > 0), half + (half > 1)]
+    )
     short = assembled(rng.integers(-40, 70, count), (fraction >> tail << tail) | ending)
     whole = (rng.integers(-4096, 4097, count) * np.exp2(rng.integers(-4, 3, count))).astype(np.float64)
     simple = whole.view(word) if kind == "f64" else encode(kind, whole).astype(word)
@@ -160,7 +162,9 @@ def _specials(kind: str) -> Any:
         values = small + [(1 << 32) - 1, 1 << 31]
     else:
         top = int(kind[1:]) if kind[1:].isdigit() else bits
-        values = small + [(1 << top - 1) + n for n in (-1, 0, 1)] + [(1 << bits) - n for n in (1, 2, 128, 129)]
+        values = (
+            small + [(1 << top - 1) + n for n in (-1, 0, 1)] + [(1 << bits) - n for n in (1, 2, 128, 129)]
+        )
         values += [(1 << n) - d for n in (31, 32) if n < bits for d in (0, 1)]
     found = np.unique(np.array([v & (1 << bits) - 1 for v in values], np.uint64)).astype(f"u{bits // 8}")
     return found[found != 0] if kind.startswith("nonzero") else found
@@ -174,7 +178,14 @@ def _float_specials(kind: str) -> Any:
     one = bias << fraction_bits
     values = [0, 1, 2, unit // 2, unit - 1, unit, unit + 1, 2 * unit]
     values += [one - 1, one, one + 1, one - unit, one + unit // 2, one + unit, one + unit + unit // 4]
-    values += [infinity - 1, infinity - unit, infinity, infinity + 1, infinity + unit // 2, infinity + unit - 1]
+    values += [
+        infinity - 1,
+        infinity - unit,
+        infinity,
+        infinity + 1,
+        infinity + unit // 2,
+        infinity + unit - 1,
+    ]
     values += [infinity + unit // 2 + 3, infinity + 5]
     codes = np.array(values, np.uint64)
     return np.concatenate([codes, codes | np.uint64(1 << bits - 1)]).astype(f"u{bits // 8}")
@@ -187,7 +198,9 @@ def _few(bits: int) -> Any:
     """Few different values in a warp."""
 
     def run(rng: Rng, count: int) -> Any:
-        pool = rng.integers(0, 1 << 32, (count // 32, 4)).astype(f"u{bits // 8}") * np.array(1, f"u{bits // 8}")
+        pool = rng.integers(0, 1 << 32, (count // 32, 4)).astype(f"u{bits // 8}") * np.array(
+            1, f"u{bits // 8}"
+        )
         return np.take_along_axis(pool, rng.integers(0, 4, (count // 32, 32)), axis=1).ravel()
 
     return run

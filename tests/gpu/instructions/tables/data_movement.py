@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from ..forms import Form, simple
 
 VALUES = ("b8", "u8", "s8", "b16", "u16", "s16", "b32", "u32", "s32", "b64", "u64", "s64", "f32", "f64")
-VECTORS = (("b8", 2), ("b8", 4), ("b16", 2), ("b16", 4), ("b32", 2), ("b32", 4), ("b64", 2), ("f32", 4), ("f64", 2))
+VECTORS = (
+    ("b8", 2),
+    ("b8", 4),
+    ("b16", 2),
+    ("b16", 4),
+    ("b32", 2),
+    ("b32", 4),
+    ("b64", 2),
+    ("f32", 4),
+    ("f64", 2),
+)
 # how a load or store of global memory may be marked; none of it changes what a lone thread sees
 LOADS = (
     *("ca", "cg", "cs", "lu", "cv", "nc", "relaxed.gpu", "acquire.gpu", "relaxed.sys", "volatile", "weak"),

@@ -19,7 +19,9 @@ def forms() -> Iterator[Form]:
             yield Form(f"{then}.cc.{kind}", code, (kind,) * 6, (kind,) * 3)
         for half in ("lo", "hi"):
             first = f"mad.{half}.cc.{kind} {{d0}}, {{a0}}, {{a1}}, {{a2}};\n"
-            yield Form(f"mad.{half}.cc.{kind}", first + f"addc.{kind} {{d1}}, 0, 0;", (kind,) * 3, (kind,) * 2)
+            yield Form(
+                f"mad.{half}.cc.{kind}", first + f"addc.{kind} {{d1}}, 0, 0;", (kind,) * 3, (kind,) * 2
+            )
             # the carry of an addition of the largest numbers reaches the instruction in half of the threads
             carry = f"add.cc.{kind} {{d1}}, {{a0}}, {{a1}};\n"
             code = carry + f"madc.{half}.{kind} {{d0}}, {{a0}}, {{a1}}, {{a2}};"

@@ -15,7 +15,13 @@ FLOATING = (
     *((shape, "f16", "f16", d) for shape in ("m16n8k8", "m16n8k16") for d in ("f16", "f32")),
     *((shape, "bf16", "bf16", "f32") for shape in ("m16n8k8", "m16n8k16")),
     *((shape, "tf32", "tf32", "f32") for shape in ("m16n8k4", "m16n8k8")),
-    *((shape, a, b, d) for shape in ("m16n8k16", "m16n8k32") for a in FP8 for b in FP8 for d in ("f16", "f32")),
+    *(
+        (shape, a, b, d)
+        for shape in ("m16n8k16", "m16n8k32")
+        for a in FP8
+        for b in FP8
+        for d in ("f16", "f32")
+    ),
 )
 BITS = {"f16": 11, "f32": 24}
 PER_REGISTER = {"tf32": 1, "f16": 2, "bf16": 2, "e4m3": 4, "e5m2": 4, "s8": 4, "u8": 4}
@@ -45,9 +51,13 @@ def _mma(opcode: str, shape: str, a: str, b: str, d: str, inputs: str, rule: Acc
     k = int(shape.rpartition("k")[2])
     a_count, b_count = 16 * k // 32 // PER_REGISTER[a], 8 * k // 32 // PER_REGISTER[b]
     d_count = 2 if d == "f16" else 4
-    code = f"{opcode} {registers('d', d_count)}, {registers('a', a_count)}, {registers('a', b_count, a_count)}, "
+    code = (
+        f"{opcode} {registers('d', d_count)}, {registers('a', a_count)}, {registers('a', b_count, a_count)}, "
+    )
     code += f"{registers('a', d_count, a_count + b_count)};"
-    operands = (f"mma:{a}:{inputs}",) * a_count + (f"mma:{b}:{inputs}",) * b_count + (f"mma:{d}:{inputs}",) * d_count
+    operands = (
+        (f"mma:{a}:{inputs}",) * a_count + (f"mma:{b}:{inputs}",) * b_count + (f"mma:{d}:{inputs}",) * d_count
+    )
     return Form(f"{opcode} {inputs}", code, operands, ("b32",) * d_count, rule)
 
 
@@ -59,9 +69,7 @@ def _rows() -> str:
 
 def _ldmatrix(opcode: str, number: int) -> Form:
     code = _rows() + f"st.shared.v4.b32 [%t3], {registers('a', 4)};\nbar.warp.sync -1;\n"
-    return Form(
-        opcode, code + f"{opcode} {registers('d', number)}, [%t3];", ("b32",) * 4, ("b32",) * number
-    )
+    return Form(opcode, code + f"{opcode} {registers('d', number)}, [%t3];", ("b32",) * 4, ("b32",) * number)
 
 
 def _stmatrix(opcode: str, number: int) -> Form:

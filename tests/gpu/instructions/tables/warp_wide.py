@@ -41,7 +41,10 @@ def forms() -> Iterator[Form]:
             yield Form(f"{opcode} half {mask:#010x}", _masked(mask, code), ("b32", "lane"), ("b32", "pred"))
     for mode in ("all", "any", "uni"):
         yield from _forms(
-            f"vote.sync.{mode}.pred", f"vote.sync.{mode}.pred {{d0}}, {{a0}}, {{mask}};", ("choice",), ("pred",)
+            f"vote.sync.{mode}.pred",
+            f"vote.sync.{mode}.pred {{d0}}, {{a0}}, {{mask}};",
+            ("choice",),
+            ("pred",),
         )
         code = f"vote.sync.{mode}.pred {{d0}}, !{{a0}}, {{mask}};"
         yield from _forms(f"vote.sync.{mode}.pred of a complement", code, ("choice",), ("pred",))
@@ -53,7 +56,10 @@ def forms() -> Iterator[Form]:
             yield from _forms(opcode, f"{opcode} {{d0}}, {{a0}}, {{mask}};", (f"{kind}32",), (f"{kind}32",))
     for bits in (32, 64):
         yield from _forms(
-            f"match.any.sync.b{bits}", f"match.any.sync.b{bits} {{d0}}, {{a0}}, {{mask}};", (f"few{bits}",), ("b32",)
+            f"match.any.sync.b{bits}",
+            f"match.any.sync.b{bits} {{d0}}, {{a0}}, {{mask}};",
+            (f"few{bits}",),
+            ("b32",),
         )
         code = f"match.all.sync.b{bits} {{d0}}|{{d1}}, {{a0}}, {{mask}};"
         yield from _forms(f"match.all.sync.b{bits}", code, (f"same{bits}",), ("b32", "pred"))
