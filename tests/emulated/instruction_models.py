@@ -1,7 +1,7 @@
 """What instruction forms compute, in Python's integers: for those that no other test has a model of.
 
-A model takes the operands of one thread, or of one warp for what lanes exchange, and gives the results as unsigned
-integers; `model_of` finds it by the form's opcode. Nothing here is imported from the emulator.
+A model takes the operands of one thread, or of one warp for what lanes exchange, and gives the results as
+unsigned integers; `model_of` finds it by the form's opcode. Nothing here is imported from the emulator.
 """
 
 from __future__ import annotations
@@ -250,7 +250,8 @@ def exchanged(form: Any, warp: Sequence[Row]) -> list[list[int]]:
 
 
 def model_of(form: Any) -> tuple[Callable[[Any], list[Any]], bool] | None:
-    """A model and whether it takes a warp (a list of 32 rows) instead of a row; None where another test has one."""
+    """A model and whether it takes a warp (a list of 32 rows) instead of a row; None where another test has
+    one."""
     words = form.opcode.split(".")
     head, note = words[0], form.name.split()[1:]
     if head in ("setp", "set"):

@@ -1,6 +1,6 @@
-"""The instruction forms that tests/gpu/compare_with_gpu.py compares with a GPU, without one: each runs, on a few
-operands, and computes what a model says where no other test has one; the comparison finds planted errors; and what
-no form covers is named with its reason.
+"""The instruction forms that tests/gpu/compare_with_gpu.py compares with a GPU, without one: each runs, on a
+few operands, and computes what a model says where no other test has one; the comparison finds planted errors;
+and what no form covers is named with its reason.
 """
 
 from __future__ import annotations

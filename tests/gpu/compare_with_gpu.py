@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Runs every single-instruction form of `instructions` on the GPU and on the emulator, and compares the results.
+"""Runs every single-instruction form of `instructions` on the GPU and on the emulator, and compares the
+results.
 
     python tests/gpu/compare_with_gpu.py [--json FILE] [--count 4096] [--seed 1] [--only TEXT] [--workers N]
 
-Prints a table of families and every form that differs, with the operands and both results of the first difference.
-The exit status is 1 where a form differs, fails, or is refused by the driver's compiler.
+Prints a table of families and every form that differs, with the operands and both results of the first
+difference. The exit status is 1 where a form differs, fails, or is refused by the driver's compiler.
 """
 
 from __future__ import annotations
@@ -175,10 +176,9 @@ def main() -> int:
     if options.json:
         content = {**summary, "rows": [asdict(row) for row in rows]}
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    words = f"{summary['forms']} forms, {summary['results']} results, {summary['failed']} forms failed"
-    print(
-        f"{device.name}, seed {options.seed}: {words}, {summary['seconds']} s ({device_seconds:.0f} s on the device)"
-    )
+    words = f"{summary['forms']} forms, {summary['results']} results, {summary['failed']} forms failed, "
+    words += f"{summary['seconds']} s ({device_seconds:.0f} s on the device)"
+    print(f"{device.name}, seed {options.seed}: {words}")
     return 1 if failed else 0
 
 

@@ -18,8 +18,8 @@ from .rules import Accumulation, Approximation, Bits
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison found. `compared` counts results; `worst` is the largest error as a part of the bound;
-    `nan` counts results that differ in the payload of a NaN that the ISA leaves open.
+    """What a comparison found. `compared` counts results; `worst` is the largest error as a part of the
+    bound; `nan` counts results that differ in the payload of a NaN that the ISA leaves open.
     """
 
     compared: int
@@ -80,7 +80,7 @@ def _approximation(
     form: Form, rule: Approximation, operands: Sequence[Any], got: Sequence[Any], want: Sequence[Any]
 ) -> tuple[list[Any], float]:
     """Both sides within the bound of the exact function, and the same bits where that is special."""
-    bits, exponent_bits, fraction_bits = FLOATS[rule.type]
+    _, exponent_bits, fraction_bits = FLOATS[rule.type]
     bias = (1 << exponent_bits - 1) - 1
     smallest = 2.0 ** (1 - bias)
     inputs = [_flushed(decode(rule.type, _parts(rule.type, x)), smallest, rule.ftz) for x in operands]

@@ -16,6 +16,7 @@ from .tables import conversion
 _ORDER = "orders memory or threads and computes nothing: tests of SIMT and asynchrony, whole kernels"
 _COPIES = "asynchronous copies and tensor maps: compared with the GPU by the tests of whole kernels"
 _CONTROL = "controls the execution of a kernel and computes nothing"
+_NO_SATURATION = "saturation to a type that holds every value of the source: no such form in ptxas"
 _HINT = "a hint to caches, without a result"
 
 # handler in the emulator's registry -> why no form covers it
@@ -60,14 +61,14 @@ FORMS = {
     r"cvt\..*(bf16\.[us]8|[us]8\.bf16)": "no such form in ptxas",
     r"cvt\..*sat\.([us]\d+|f16|f32|f64)\.bf16": "no such form in ptxas",
     **{
-        rf"cvt\.sat\.{to}\.{source}": "saturation to a type that holds every value of the source: no such form in ptxas"
+        rf"cvt\.sat\.{to}\.{source}": _NO_SATURATION
         for to in conversion.INTEGERS
         for source in conversion.INTEGERS
         if conversion.holds(to, source)
     },
     r"ldmatrix\..*(m16n16|m8n16).*": "8-bit, 6-bit and 4-bit matrices: SM 10.0a, 12.0a",
     r"stmatrix\..*m16n8.*": "8-bit matrices: SM 10.0a, 12.0a",
-    r"mma\..*kind::.*": "FP6, FP4 and block scales: SM 12.0a; checked against exact rationals in test_numerics_mma",
+    r"mma\..*kind::.*": "FP6, FP4 and block scales: SM 12.0a; test_numerics_mma has exact rationals",
 }
 
 
@@ -111,10 +112,28 @@ def _accepted(
 
 def numerics() -> Iterator[tuple[str, frozenset[str]]]:
     """Every form that the numerics of the emulator compute: an opcode as PTX writes it, and its words."""
-    operations = (
-        "add sub mul fma mad div rcp sqrt rsqrt sin cos lg2 ex2 tanh min max neg abs copysign".split()
-    )
-    types = "f16 f16x2 bf16 bf16x2 f32 f64 f32x2 f32.f16 f32.bf16".split()
+    operations = [
+        "add",
+        "sub",
+        "mul",
+        "fma",
+        "mad",
+        "div",
+        "rcp",
+        "sqrt",
+        "rsqrt",
+        "sin",
+        "cos",
+        "lg2",
+        "ex2",
+        "tanh",
+        "min",
+        "max",
+        "neg",
+        "abs",
+        "copysign",
+    ]
+    types = ["f16", "f16x2", "bf16", "bf16x2", "f32", "f64", "f32x2", "f32.f16", "f32.bf16"]
     kinds = [(op, type_) for op in operations for type_ in types]
     modes = (None, "rn", "rz", "rm", "rp", "approx", "full")
     for op, type_, mode, flags in _accepted(

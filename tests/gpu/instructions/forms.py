@@ -30,11 +30,11 @@ def width(kind: str) -> int:
 class Form:
     """One form of one instruction.
 
-    `name`: the opcode, then words that tell forms of one opcode apart. `code`: PTX in which `{a0}`, `{a1}`, ... are
-    the operands and `{d0}`, ... the results, in registers of the widths of `operands` and `results`; `{memory}` is
-    the 64-bit address of 64 bytes of global memory of the thread's own, `{box}` the 32-bit address of 64 bytes of
-    shared memory of the thread's own, `{warp_memory}` and `{warp_box}` those of lane 0. %t, %q and %c are 32-bit,
-    64-bit and predicate registers for the rest, %my_lane the lane.
+    `name`: the opcode, then words that tell forms of one opcode apart. `code`: PTX in which `{a0}`, `{a1}`,
+    ... are the operands and `{d0}`, ... the results, in registers of the widths of `operands` and `results`;
+    `{memory}` is the 64-bit address of 64 bytes of global memory of the thread's own, `{box}` the 32-bit
+    address of 64 bytes of shared memory of the thread's own, `{warp_memory}` and `{warp_box}` those of lane
+    0. %t, %q and %c are 32-bit, 64-bit and predicate registers for the rest, %my_lane the lane.
     """
 
     name: str

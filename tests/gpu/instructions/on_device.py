@@ -1,4 +1,5 @@
-"""Runs forms on a GPU: PTX through the driver's own compiler, by ctypes, with nothing else of CUDA installed."""
+"""Runs forms on a GPU: PTX through the driver's own compiler, by ctypes, with nothing else of CUDA
+installed."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ Rng = np.random.Generator
 def generate(form: Form, count: int, seed: int) -> list[np.ndarray[Any, Any]]:
     """`count` operands of each kind as unsigned arrays of the register's width; the same for the same seed.
 
-    Up to half of them are special values, in all combinations where there is room; an only operand of 16 bits has
-    every value if `count` is 65536.
+    Up to half of them are special values, in all combinations where there is room; an only operand of 16 bits
+    has every value if `count` is 65536.
     """
     rng = np.random.default_rng([seed, zlib.crc32(form.name.encode())])
     kinds = form.operands
@@ -119,8 +119,8 @@ def _random(kind: str, rng: Rng, count: int) -> Any:
 
 
 def _float(kind: str, rng: Rng, count: int) -> Any:
-    """A quarter each: any bits; near 1; few significant bits, with a tail that is a tie or beside one; whole numbers
-    and simple fractions.
+    """A quarter each: any bits; near 1; few significant bits, with a tail that is a tie or beside one; whole
+    numbers and simple fractions.
     """
     bits, exponent_bits, fraction_bits = FLOATS[kind]
     bias, dtype = (1 << exponent_bits - 1) - 1, np.dtype(f"u{bits // 8}")
@@ -159,7 +159,7 @@ def _specials(kind: str) -> Any:
     bits = width(kind)
     small = [0, 1, 2, 7, 8, 15, 16, 31, 32, 33, 63, 64, 127, 128, 255, 256, 32767, 32768, 65535]
     if kind in ("amount", "position", "lane"):
-        values = small + [(1 << 32) - 1, 1 << 31]
+        values = [*small, (1 << 32) - 1, 1 << 31]
     else:
         top = int(kind[1:]) if kind[1:].isdigit() else bits
         values = (

@@ -9,8 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bits:
-    """Every bit is the same. `open_nan`: a floating-point type whose NaN payload the ISA leaves open; results that
-    are NaN in both are then counted apart, and are no mismatch.
+    """Every bit is the same. `open_nan`: a floating-point type whose NaN payload the ISA leaves open; results
+    that are NaN in both are then counted apart, and are no mismatch.
     """
 
     open_nan: str = ""
@@ -20,9 +20,9 @@ class Bits:
 class Approximation:
     """A result of `type` within an error of the exact function, which takes float64 arrays.
 
-    The error is the largest of `relative` times the exact result, `absolute`, and `ulps` units in the last place.
-    Where the exact result is NaN, infinite or zero, bits must be the same. `inputs` is the operands' type where it
-    is not the result's. `section`: where the ISA states the error.
+    The error is the largest of `relative` times the exact result, `absolute`, and `ulps` units in the last
+    place. Where the exact result is NaN, infinite or zero, bits must be the same. `inputs` is the operands'
+    type where it is not the result's. `section`: where the ISA states the error.
     """
 
     type: str
@@ -38,9 +38,9 @@ class Approximation:
 
 @dataclass(frozen=True)
 class Accumulation:
-    """D of an mma. Each element may differ from the exact sum by the error of adding its products and C one after
-    the other in any order, every partial sum truncated to `bits` significant bits, and one rounding to the
-    accumulator's type. `exact`: sums are exact by construction, and every bit must be the same.
+    """D of an mma. Each element may differ from the exact sum by the error of adding its products and C one
+    after the other in any order, every partial sum truncated to `bits` significant bits, and one rounding to
+    the accumulator's type. `exact`: sums are exact by construction, and every bit must be the same.
     """
 
     shape: str

@@ -1,7 +1,7 @@
 """Atomic operations (PTX ISA, "atom", "red"). Lanes follow each other in order.
 
-A sum of f32 in global memory takes subnormal operands as zeros and gives zeros for subnormal results; in shared
-memory it does not.
+A sum of f32 in global memory takes subnormal operands as zeros and gives zeros for subnormal results; in
+shared memory it does not.
 """
 
 from __future__ import annotations

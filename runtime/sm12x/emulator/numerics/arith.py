@@ -1,6 +1,6 @@
 """Floating-point arithmetic of PTX on bit arrays, with one rounding of the exact result.
 
-PTX ISA 9.0, 9.7.3 (.f32, .f64, .f32x2), 9.7.4 (.f16, .bf16 and their pairs), 9.7.5 (mixed precision). Where
+PTX ISA 9.3, 9.7.3 (.f32, .f64, .f32x2), 9.7.4 (.f16, .bf16 and their pairs), 9.7.5 (mixed precision). Where
 the ISA leaves the NaN open ("unspecified NaN"), results are the NaN that current hardware returns:
 0x7fffffff, 0x7fff.
 """

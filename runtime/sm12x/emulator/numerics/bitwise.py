@@ -1,6 +1,6 @@
 """Operations of PTX that only look at the bits: flushing subnormals, neg, abs, copysign, min and max.
 
-PTX ISA 9.0, 9.7.3.2, 9.7.3.9 to 9.7.3.12, 9.7.4.5 to 9.7.4.8.
+PTX ISA 9.3, 9.7.3.2, 9.7.3.9 to 9.7.3.12, 9.7.4.5 to 9.7.4.8.
 """
 
 from __future__ import annotations

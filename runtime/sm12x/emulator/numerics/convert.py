@@ -1,6 +1,6 @@
 """``cvt``: conversions between scalars. The packed forms are in ``convert_packed``.
 
-PTX ISA 9.0, 6.5.1, 9.7.9.22.
+PTX ISA 9.3, 6.5.1, 9.7.9.22.
 """
 
 from __future__ import annotations

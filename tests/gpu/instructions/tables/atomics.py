@@ -1,5 +1,5 @@
-"""atom and red (PTX ISA 9.7.13): one address for each lane, and one for the 32 lanes of a warp where the order does
-not show in the result.
+"""atom and red (PTX ISA 9.7.13): one address for each lane, and one for the 32 lanes of a warp where the
+order does not show in the result.
 """
 
 from __future__ import annotations

@@ -130,5 +130,6 @@ def _addresses() -> Iterator[Form]:
     code += "ld.global.L2::cache_hint.b32 {d0}, [{memory}], %q1;"
     yield Form("createpolicy.fractional.L2::evict_first.b64", code, ("b32",), ("b32",))
     for opcode in ("prefetch.global.L2", "prefetch.L1", "prefetchu.L1"):
-        code = f"st.global.b32 [{{memory}}], {{a0}};\n{opcode} [{{memory}}];\nld.global.b32 {{d0}}, [{{memory}}];"
+        code = f"st.global.b32 [{{memory}}], {{a0}};\n{opcode} [{{memory}}];\n"
+        code += "ld.global.b32 {d0}, [{memory}];"
         yield Form(opcode, code, ("b32",), ("b32",))

@@ -1,4 +1,5 @@
-"""Integer arithmetic with a carry (PTX ISA 9.7.2): each instruction that takes a carry behind one that makes it."""
+"""Integer arithmetic with a carry (PTX ISA 9.7.2): each instruction that takes a carry behind one that makes
+it."""
 
 from __future__ import annotations
 

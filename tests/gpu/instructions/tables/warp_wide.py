@@ -17,7 +17,8 @@ def _masked(mask: int, code: str) -> str:
     code = code.replace("{mask}", f"{mask:#x}")
     if mask == 0xFFFFFFFF:
         return code
-    test = f"mov.u32 %t2, {mask:#x};\nshr.u32 %t2, %t2, %my_lane;\nand.b32 %t2, %t2, 1;\nsetp.eq.u32 %c0, %t2, 0;\n"
+    test = f"mov.u32 %t2, {mask:#x};\nshr.u32 %t2, %t2, %my_lane;\n"
+    test += "and.b32 %t2, %t2, 1;\nsetp.eq.u32 %c0, %t2, 0;\n"
     return f"{test}@%c0 bra SKIP;\n{code}\nSKIP:"
 
 
