@@ -27,7 +27,6 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "runtime")]
 
 from gpu.instructions import compare, on_device, on_emulator, operands, tables  # noqa: E402
 from gpu.instructions.forms import Form, width  # noqa: E402
-from gpu.instructions.rules import Accumulation  # noqa: E402
 
 GROUP = 32  # forms of one module
 
@@ -42,7 +41,7 @@ class Row:
     mismatches: int = 0
     worst: float = 0.0
     nan_payloads: int = 0
-    first: str = ""
+    examples: tuple[str, ...] = ()
     problem: str = ""
 
     @property
@@ -63,9 +62,9 @@ def groups(only: str, count: int) -> Iterator[Group]:
         chosen = [form for form in tables.forms(family) if only in f"{family} {form.name}"]
         every = [form for form in chosen if [width(kind) for kind in form.operands] == [16]]
         rest = [form for form in chosen if form not in set(every)]
-        for size, members in ((1 << 16, every), (count, rest)):
-            for at in range(0, len(members), GROUP):
-                yield Group(family, size, members[at : at + GROUP])
+        for size, members, step in ((1 << 16, every, GROUP // 4), (count, rest, GROUP)):
+            for at in range(0, len(members), step):
+                yield Group(family, size, members[at : at + step])
 
 
 def emulate(group: Group, seed: int) -> tuple[list[list[Any] | str], float]:
@@ -85,32 +84,59 @@ def judge(group: Group, form: Form, seed: int, device: Any, emulator: Any) -> Ro
     """One form's row of the report."""
     row = Row(group.family, form.name)
     for found in (device, emulator):
-        if isinstance(found, (str, on_device.DeviceError)):
-            row.problem = str(found)
+        if isinstance(found, str):
+            row.problem = found
             return row
     columns = operands.generate(form, group.count, seed)
     outcome = compare.compare(form, columns, device, emulator)
-    row.compared, row.mismatches, row.first = outcome.compared, outcome.mismatches, outcome.first
+    row.compared, row.mismatches, row.examples = outcome.compared, outcome.mismatches, outcome.examples
     row.worst, row.nan_payloads = outcome.worst, outcome.nan
-    if row.mismatches and isinstance(form.rule, Accumulation):
-        row.first += f" (bound: {form.rule.bits} bits)"
     return row
 
 
-def run_on_device(device: on_device.Device, work: Sequence[Group], seed: int) -> list[list[Any]]:
-    """The device's results for each group; when a kernel has failed, the reason for all that follow."""
-    found: list[list[Any]] = []
-    broken = ""
+@dataclass
+class OnDevice:
+    """What a process with the device came to: `results` of the groups that it got through, in order."""
+
+    name: str
+    capability: tuple[int, int]
+    results: list[list[Any]]
+    error: str = ""
+
+
+def run_on_device(work: Sequence[Group], seed: int) -> OnDevice:
+    """In a process of its own: groups up to the first whose kernels fail, after which nothing runs there."""
+    device = on_device.Device()
+    done = OnDevice(device.name, device.capability, [])
     for group in work:
-        if not broken:
-            columns = [operands.generate(form, group.count, seed) for form in group.forms]
-            try:
-                found.append(device.run(group.forms, columns, group.count))
-                continue
-            except on_device.DeviceError as error:
-                broken = f"device: {error}, in or after {group.forms[0].name}"
-        found.append([broken] * len(group.forms))
-    return found
+        columns = [operands.generate(form, group.count, seed) for form in group.forms]
+        try:
+            found = device.run(group.forms, columns, group.count)
+        except on_device.DeviceError as error:
+            done.error = f"device: {error}"
+            return done
+        done.results.append([str(x) if isinstance(x, on_device.DeviceError) else x for x in found])
+    return done
+
+
+def all_on_device(work: Sequence[Group], seed: int) -> tuple[OnDevice, dict[str, Any]]:
+    """The results by the names of forms. A group that fails is run again form by form, each in a new process,
+    so that one bad form is one line of the report.
+    """
+    left, found = list(work), {}
+    while left:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            done = pool.submit(run_on_device, left, seed).result()
+        for group, results in zip(left, done.results, strict=False):
+            found.update(zip((form.name for form in group.forms), results, strict=True))
+        left = left[len(done.results) :]
+        if done.error:
+            group = left.pop(0)
+            if len(group.forms) == 1:
+                found[group.forms[0].name] = done.error
+            else:
+                left[:0] = [Group(group.family, group.count, [form]) for form in group.forms]
+    return done, found
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -138,7 +164,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.count < 128 or options.count % 128:
         parser.error("--count: expected a multiple of 128")
-    work = list(groups(options.only, options.count))
+    work = sorted(groups(options.only, options.count), key=lambda group: -group.count)
     if not work:
         parser.error(f"--only {options.only}: there is no such form")
     start = time.monotonic()
@@ -147,20 +173,19 @@ def main() -> int:
     rows: list[Row] = []
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
         jobs = [pool.submit(emulate, group, options.seed) for group in work]
-        device = on_device.Device()
-        results = run_on_device(device, work, options.seed)
+        device, results = all_on_device(work, options.seed)
         device_seconds = time.monotonic() - start
         emulator_seconds = 0.0
-        for group, job, found in zip(work, jobs, results, strict=True):
+        for group, job in zip(work, jobs, strict=True):
             emulated, seconds = job.result()
             emulator_seconds += seconds
-            for form, x, y in zip(group.forms, found, emulated, strict=True):
-                rows.append(judge(group, form, options.seed, x, y))
+            for form, found in zip(group.forms, emulated, strict=True):
+                rows.append(judge(group, form, options.seed, results[form.name], found))
     failed = [row for row in rows if not row.passed]
     for row in failed:
         print(f"{row.family}: {row.name}: {row.problem or f'{row.mismatches} of {row.compared} differ'}")
-        if row.first:
-            print(f"    {row.first}")
+        if row.examples:
+            print(f"    {row.examples[0]}")
     print(table(rows))
     summary = {
         "device": device.name,

@@ -15,16 +15,19 @@ from .forms import Form, width
 from .operands import FLOATS, PAIRS
 from .rules import Accumulation, Approximation, Bits
 
+EXAMPLES = 8
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison found. `compared` counts results; `worst` is the largest error as a part of the
+    """What a comparison found. `compared` counts results; `examples` show operands and both
+    results, of the first mismatch first; `worst` is the largest error as a part of the
     bound; `nan` counts results that differ in the payload of a NaN that the ISA leaves open.
     """
 
     compared: int
     mismatches: int
-    first: str = ""
+    examples: tuple[str, ...] = ()
     worst: float = 0.0
     nan: int = 0
 
@@ -41,13 +44,17 @@ def compare(form: Form, operands: Sequence[Any], got: Sequence[Any], want: Seque
             bad, worst = _accumulation(form.rule, operands, got, want)
             nan = 0
     rows = np.any(np.array(bad), axis=0)
-    first = ""
-    if rows.any():
-        at = int(np.argmax(rows))
-        # what lanes of a warp exchange needs all of them to be looked at
-        first = f"thread {at}: operands {_row(form.operands, operands, at)}: "
-        first += f"device {_row(form.results, got, at)}, emulator {_row(form.results, want, at)}"
-    return Outcome(sum(len(x) for x in got), int(np.sum(bad)), first, worst, nan)
+    # the first, and others from all over
+    chosen = np.flatnonzero(rows)
+    chosen = (
+        chosen[np.unique(np.linspace(0, len(chosen) - 1, EXAMPLES).astype(int))] if len(chosen) else chosen
+    )
+    examples = tuple(
+        f"thread {at}: operands {_row(form.operands, operands, at)}: "
+        f"device {_row(form.results, got, at)}, emulator {_row(form.results, want, at)}"
+        for at in chosen.tolist()
+    )
+    return Outcome(sum(len(x) for x in got), int(np.sum(bad)), examples, worst, nan)
 
 
 def _row(kinds: Sequence[str], columns: Sequence[Any], at: int) -> str:
@@ -93,17 +100,17 @@ def _approximation(
     # a result is a number of the type: half a unit of its last place is never the function's error
     bound = bound + ulp / 2
     special = ~np.isfinite(exact) | (exact == 0)
+    inside = np.ones(exact.shape, bool) if rule.inside is None else rule.inside(*inputs)
     largest = 2.0**bias * (2 - 2.0**-fraction_bits)
     error = np.zeros(exact.shape)
-    bad = special & (first != second)
+    bad = special & inside & (first != second)
     for value in values:
         off = np.abs(value - exact)
         # beyond the largest number the result is infinite, and below the smallest zero with .ftz
         over = np.isinf(value) & (magnitude + bound >= largest) & (np.sign(value) == np.sign(exact))
         under = (value == 0) & (magnitude - bound < smallest) & rule.ftz
         ok = special | over | under
-        inside = True if rule.inside is None else rule.inside(*inputs)
-        off = np.where(ok | ~np.asarray(inside), 0.0, off / bound)
+        off = np.where(ok | ~inside, 0.0, off / bound)
         bad = bad | ~(off <= 1)
         error = np.maximum(error, np.nan_to_num(off, nan=np.inf))
     return [bad.any(axis=1)], float(error.max(initial=0.0))

@@ -126,13 +126,8 @@ def numerics() -> Iterator[tuple[str, frozenset[str]]]:
         "cos",
         "lg2",
         "ex2",
-        "tanh",
-        "min",
-        "max",
-        "neg",
-        "abs",
-        "copysign",
     ]
+    operations += ["tanh", "min", "max", "neg", "abs", "copysign"]
     types = ["f16", "f16x2", "bf16", "bf16x2", "f32", "f64", "f32x2", "f32.f16", "f32.bf16"]
     kinds = [(op, type_) for op in operations for type_ in types]
     modes = (None, "rn", "rz", "rm", "rp", "approx", "full")

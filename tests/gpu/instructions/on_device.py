@@ -18,11 +18,7 @@ _LOG_BYTES = 16384
 
 
 class DeviceError(RuntimeError):
-    """A driver function failed; `log` is what the compiler said."""
-
-    def __init__(self, call: str, name: str, log: str = "") -> None:
-        super().__init__(f"{call} failed with {name}" + (f": {log}" if log else ""))
-        self.log = log
+    """A driver function failed; for PTX that is refused, with what the compiler said."""
 
 
 class Device:
@@ -51,7 +47,7 @@ class Device:
         if status:
             text = ctypes.c_char_p()
             self._library.cuGetErrorName(ctypes.c_int(status), ctypes.byref(text))
-            raise DeviceError(name, f"{(text.value or b'?').decode()} ({status})")
+            raise DeviceError(f"{name} failed with {(text.value or b'?').decode()} ({status})")
 
     def load(self, text: str) -> ctypes.c_void_p:
         """A module from PTX. Raises DeviceError with the compiler's log."""
@@ -63,7 +59,8 @@ class Device:
         try:
             self._call("cuModuleLoadDataEx", ctypes.byref(found), content, ctypes.c_uint(2), options, values)
         except DeviceError as error:
-            raise DeviceError("cuModuleLoadDataEx", str(error), log.value.decode(errors="replace")) from error
+            error.args = (f"{error}: {log.value.decode(errors='replace')}",)
+            raise
         return found
 
     def run(

@@ -21,8 +21,8 @@ class Approximation:
     """A result of `type` within an error of the exact function, which takes float64 arrays.
 
     The error is the largest of `relative` times the exact result, `absolute`, and `ulps` units in the last
-    place. Where the exact result is NaN, infinite or zero, bits must be the same. `inputs` is the operands'
-    type where it is not the result's. `section`: where the ISA states the error.
+    place. Where the exact result is NaN, infinite or zero, bits must be the same. `section`: what the ISA
+    says.
     """
 
     type: str
@@ -32,7 +32,7 @@ class Approximation:
     absolute: float = 0.0
     ulps: float = 0.0
     ftz: bool = False
-    # where the statement applies; elsewhere results are only required to be finite or NaN alike
+    # the operands of which the ISA says something; results of others are not compared
     inside: Callable[..., Any] | None = None
 
 
