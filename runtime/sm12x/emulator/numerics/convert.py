@@ -129,7 +129,7 @@ def _nearest_away_tf32(satfinite: bool) -> Function:
     def run(a: Array) -> Array:
         bits = a.astype(np.uint32, copy=False)
         infinity, magnitude = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)
-        rounded = np.where(bits & magnitude < infinity, bits + np.uint32(0x1000), bits) & np.uint32(
+        rounded: Array = np.where(bits & magnitude < infinity, bits + np.uint32(0x1000), bits) & np.uint32(
             0xFFFFE000
         )
         if satfinite:
