@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,19 @@ class Row:
         return not self.mismatches and not self.problem and self.compared > 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
+    """Forms that run together, with `count` operands each. Processes give each other names: the forms
+    themselves hold functions.
+    """
+
     family: str
     count: int
-    forms: list[Form] = field(default_factory=list)
+    names: tuple[str, ...]
+
+    @property
+    def forms(self) -> list[Form]:
+        return [form for form in tables.forms(self.family) if form.name in self.names]
 
 
 def groups(only: str, count: int) -> Iterator[Group]:
@@ -64,7 +72,7 @@ def groups(only: str, count: int) -> Iterator[Group]:
         rest = [form for form in chosen if form not in set(every)]
         for size, members, step in ((1 << 16, every, GROUP // 4), (count, rest, GROUP)):
             for at in range(0, len(members), step):
-                yield Group(family, size, members[at : at + step])
+                yield Group(family, size, tuple(form.name for form in members[at : at + step]))
 
 
 def emulate(group: Group, seed: int) -> tuple[list[list[Any] | str], float]:
@@ -128,14 +136,14 @@ def all_on_device(work: Sequence[Group], seed: int) -> tuple[OnDevice, dict[str,
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             done = pool.submit(run_on_device, left, seed).result()
         for group, results in zip(left, done.results, strict=False):
-            found.update(zip((form.name for form in group.forms), results, strict=True))
+            found.update(zip(group.names, results, strict=True))
         left = left[len(done.results) :]
         if done.error:
             group = left.pop(0)
-            if len(group.forms) == 1:
-                found[group.forms[0].name] = done.error
+            if len(group.names) == 1:
+                found[group.names[0]] = done.error
             else:
-                left[:0] = [Group(group.family, group.count, [form]) for form in group.forms]
+                left[:0] = [Group(group.family, group.count, (name,)) for name in group.names]
     return done, found
 
 
