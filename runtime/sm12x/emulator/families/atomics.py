@@ -1,4 +1,8 @@
-"""Atomic operations (PTX ISA, "atom", "red"). Lanes follow each other in order."""
+"""Atomic operations (PTX ISA, "atom", "red"). Lanes follow each other in order.
+
+A sum of f32 in global memory takes subnormal operands as zeros and gives zeros for subnormal results; in
+shared memory it does not.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..emitter import Emitter
-from ..memory import Array
+from ..memory import SHARED_WINDOW, Array
+from ..numerics import arith, bitwise
 from ..ptx.ir import TYPE_BITS, Instruction
 from ..registry import instruction, unsupported
 from ..spaces import LOADS, STORES, space_of, strong, strong_words
@@ -50,7 +55,8 @@ def _operation(i: Instruction) -> tuple[str, str]:
 
 
 def _atomic(space: str, name: str, kind: str) -> Callable[..., Array]:
-    load, store, operation = LOADS[space], STORES[space], _OPERATIONS[name]
+    load, store = LOADS[space], STORES[space]
+    operation = _OPERATIONS[name] if kind[0] != "f" else None
     width = TYPE_BITS[kind] // 8
     number = np.dtype({"s": f"i{width}", "f": f"f{width}"}.get(kind[0], f"u{width}"))
     bits = np.dtype(f"u{width}")
@@ -61,12 +67,29 @@ def _atomic(space: str, name: str, kind: str) -> Callable[..., Array]:
         for at, lane in enumerate(active):
             one = np.array([lane])
             old = load(w, one, address, width, 1)
-            value = operation(old.view(number)[0], *(x.view(number)[lane] for x in operands))
+            if operation is None:
+                flushed = kind == "f32" and _is_global(space, int(address[lane]))
+                value = _sum(kind, flushed, old, operands[0][one]).view(number)[0]
+            else:
+                value = operation(old.view(number)[0], *(x.view(number)[lane] for x in operands))
             store(w, one, address, np.full(32, value, number).view(bits), width, 1)
             found[at] = old[0]
         return found
 
     return run
+
+
+def _is_global(space: str, address: int) -> bool:
+    return space == "global" or (space == "generic" and address < SHARED_WINDOW)
+
+
+def _sum(kind: str, flushed: bool, old: Array, operand: Array) -> Array:
+    """Bits of the sum of the bits of two numbers, rounded to nearest even."""
+    terms = (old, operand)
+    if flushed:
+        terms = (bitwise.flush(kind, old), bitwise.flush(kind, operand))
+    total = arith.lookup("add", kind, None, frozenset())(*terms)
+    return bitwise.flush(kind, total) if flushed else total
 
 
 @instruction("atom", yields=True)

@@ -78,8 +78,9 @@ def _nan(a: Array) -> Array:
 
 
 def _normal(a: Array) -> Array:
-    exponent, most, _, _ = _fields(a)
-    found: Array = (exponent != 0) & (exponent != most)
+    """Zeros count as normal (PTX ISA, "testp")."""
+    exponent, most, fraction, _ = _fields(a)
+    found: Array = ((exponent != 0) | (fraction == 0)) & (exponent != most)
     return found
 
 

@@ -1,6 +1,6 @@
 """The ``.approx`` and ``.full`` instructions: float64 functions rounded once, within the ISA's errors.
 
-PTX ISA 9.0, 9.7.3.8, 9.7.3.13 to 9.7.3.22, 9.7.4.9, 9.7.4.10. The hardware's own last bits are not
+PTX ISA 9.3, 9.7.3.8, 9.7.3.13 to 9.7.3.22, 9.7.4.9, 9.7.4.10. The hardware's own last bits are not
 documented and are not imitated; special inputs give what the tables of the ISA say.
 """
 

@@ -1,6 +1,6 @@
 """Floating-point arithmetic of PTX on bit arrays, with one rounding of the exact result.
 
-PTX ISA 9.0, 9.7.3 (.f32, .f64, .f32x2), 9.7.4 (.f16, .bf16 and their pairs), 9.7.5 (mixed precision). Where
+PTX ISA 9.3, 9.7.3 (.f32, .f64, .f32x2), 9.7.4 (.f16, .bf16 and their pairs), 9.7.5 (mixed precision). Where
 the ISA leaves the NaN open ("unspecified NaN"), results are the NaN that current hardware returns:
 0x7fffffff, 0x7fff.
 """
@@ -95,6 +95,8 @@ def lookup(op: str, type_: str, rounding: str | None, flags: frozenset[str]) -> 
     """The function of the operands that ``apply`` calls; call it under ``np.errstate(all="ignore")``."""
     form = _FORMS.get((op, type_))
     both = ("sat" in flags and "relu" in flags) or ("xorsign" in flags and "abs" not in flags)
+    # of rcp.f64 only the approximation has .ftz
+    both = both or ((op, type_) == ("rcp", "f64") and ("ftz" in flags) != (rounding == "approx"))
     lone_abs = "abs" in flags and "xorsign" not in flags and type_ != "f32"
     if form is None or rounding not in form.roundings or not flags <= form.flags or both or lone_abs:
         qualifiers = "".join(f".{q}" for q in (rounding, *sorted(flags)) if q)

@@ -1,6 +1,6 @@
 """Double precision in every rounding mode: native where hardware does the same, else exact rationals.
 
-PTX ISA 9.0, 9.7.3.3 to 9.7.3.15. NaN operands are passed on, made quiet, the first of them first; an
+PTX ISA 9.3, 9.7.3.3 to 9.7.3.15. NaN operands are passed on, made quiet, the first of them first; an
 invalid operation gives 0xfff8000000000000.
 """
 

@@ -1,6 +1,6 @@
 """Operations of PTX that only look at the bits: flushing subnormals, neg, abs, copysign, min and max.
 
-PTX ISA 9.0, 9.7.3.2, 9.7.3.9 to 9.7.3.12, 9.7.4.5 to 9.7.4.8.
+PTX ISA 9.3, 9.7.3.2, 9.7.3.9 to 9.7.3.12, 9.7.4.5 to 9.7.4.8.
 """
 
 from __future__ import annotations
@@ -41,6 +41,17 @@ def is_nan(type_: str, bits: Array) -> Array:
     return found
 
 
+def canonical(type_: str) -> Callable[[Array], Array]:
+    """The identity, but for NaN, which become the canonical one."""
+    masks = _masks(type_)
+
+    def run(a: Array) -> Array:
+        bits = a.astype(masks.nan.dtype, copy=False)
+        return np.where(is_nan(type_, bits), masks.nan, bits)
+
+    return run
+
+
 def sign_operation(op: str, type_: str, ftz: bool) -> Callable[..., Array]:
     """``neg``, ``abs`` or ``copysign``.
 
@@ -79,7 +90,9 @@ def extremum(op: str, type_: str, flags: frozenset[str]) -> Callable[..., Array]
             return result
         if "NaN" in flags:
             return np.where(nan_a | nan_b, masks.nan, result)
-        return np.where(nan_a, np.where(nan_b, masks.nan, b), np.where(nan_b, a, result))
+        # of two NaN, f64 gives the second, made quiet
+        both = b | np.uint64(1 << 51) if type_ == "f64" else masks.nan
+        return np.where(nan_a, np.where(nan_b, both, b), np.where(nan_b, a, result))
 
     def run(*operands: Array) -> Array:
         allowed = (2, 3) if type_ == "f32" else (2,)

@@ -1,6 +1,6 @@
 """``cvt``: conversions between scalars. The packed forms are in ``convert_packed``.
 
-PTX ISA 9.0, 6.5.1, 9.7.9.22.
+PTX ISA 9.3, 6.5.1, 9.7.9.22.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def _float_to_float(destination: str, source: str, rounding: str | None, flags: 
     ftz, sat = "ftz" in flags, "sat" in flags
     satfinite, relu = "satfinite" in flags, "relu" in flags
     if destination == source and rounding is None and not flags:
-        return lambda a: a
+        # a move, or for 16 bits an addition of -0, which makes a NaN canonical
+        return bitwise.canonical(destination) if destination in ("f16", "bf16") else lambda a: a
+    if destination == "tf32" and rounding == "rna":
+        return _nearest_away_tf32(satfinite)
     if (destination, source) == ("f32", "bf16") and not sat:
         # no arithmetic: a NaN keeps its payload
         def shift(a: Array) -> Array:
@@ -114,6 +117,24 @@ def _float_to_float(destination: str, source: str, rounding: str | None, flags: 
             values = integers.to_integral(values, integral)
         result = encode(destination, values, mode, sat=sat, satfinite=satfinite, relu=relu)
         return bitwise.flush("f32", result) if ftz and destination == "f32" else result
+
+    return run
+
+
+def _nearest_away_tf32(satfinite: bool) -> Function:
+    """Integer arithmetic on the bits, as ptxas writes it for every architecture: a NaN only loses its low
+    bits, and may become an infinity by that.
+    """
+
+    def run(a: Array) -> Array:
+        bits = a.astype(np.uint32, copy=False)
+        infinity, magnitude = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)
+        rounded: Array = np.where(bits & magnitude < infinity, bits + np.uint32(0x1000), bits) & np.uint32(
+            0xFFFFE000
+        )
+        if satfinite:
+            rounded = np.where(rounded & magnitude >= infinity, rounded - np.uint32(0x2000), rounded)
+        return rounded
 
     return run
 

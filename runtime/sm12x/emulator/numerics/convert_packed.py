@@ -1,6 +1,6 @@
 """The packed forms of ``cvt`` (pairs and quadruples of 4 to 16-bit floats, ue8m0, s2f6) and ``cvt.pack``.
 
-PTX ISA 9.0, 5.2.3, 5.2.4, 9.7.9.22, 9.7.9.23.
+PTX ISA 9.3, 5.2.3, 5.2.4, 9.7.9.22, 9.7.9.23.
 """
 
 from __future__ import annotations

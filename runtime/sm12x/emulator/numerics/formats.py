@@ -1,6 +1,6 @@
 """The floating-point formats of PTX: exact decoding, and encoding with every rounding mode.
 
-PTX ISA 9.0, 5.2.3 (alternate formats), 6.5.2 (rounding modifiers), 9.7.9.22 (``cvt``: saturation, NaN).
+PTX ISA 9.3, 5.2.3 (alternate formats), 6.5.2 (rounding modifiers), 9.7.9.22 (``cvt``: saturation, NaN).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where the elements of A, B, C and the block scales of an ``mma.sync`` lie in the registers of a warp.
 
-PTX ISA 9.0, 9.7.15.3 (block scaling) and 9.7.15.5.6 to 9.7.15.5.11 (fragments of m16n8k4 to m16n8k64). With
+PTX ISA 9.3, 9.7.15.3 (block scaling) and 9.7.15.5.6 to 9.7.15.5.11 (fragments of m16n8k4 to m16n8k64). With
 g = lane / 4 and t = lane % 4, every one of these shapes follows one rule; a register holds ``per``
 elements, the first in its low bits:
 

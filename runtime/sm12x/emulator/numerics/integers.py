@@ -1,6 +1,6 @@
 """Integer operands of conversions: registers to numbers, numbers to registers, and to and from float64.
 
-PTX ISA 9.0, 6.5.1 (chop, sign and zero extension), 9.7.9.22 (clamping, NaN), 9.4.1 (wider registers).
+PTX ISA 9.3, 6.5.1 (chop, sign and zero extension), 9.7.9.22 (clamping, NaN), 9.4.1 (wider registers).
 """
 
 from __future__ import annotations

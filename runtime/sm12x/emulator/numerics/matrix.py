@@ -1,6 +1,6 @@
 """``ldmatrix``, ``stmatrix``, ``movmatrix``: which bytes of shared memory lie in which register and lane.
 
-PTX ISA 9.0, 9.7.15.5.15 to 9.7.15.5.17. A load is two steps: read the rows that the first ``rows`` lanes
+PTX ISA 9.3, 9.7.15.5.15 to 9.7.15.5.17. A load is two steps: read the rows that the first ``rows`` lanes
 point to, then ``fragments(rows)``; a store is ``row_bytes(registers)``, then write the rows. So the memory,
 its bounds and its shadow bits are the caller's, who sees every row as one access of ``bytes_per_row``
 bytes, aligned to 16.

@@ -1,6 +1,6 @@
 """``mma.sync``: D = A * B + C on the registers of a warp, every element rounded once.
 
-PTX ISA 9.0, 9.7.15.3, 9.7.15.5.14. The ISA leaves order and rounding of the accumulation open ("at least
+PTX ISA 9.3, 9.7.15.3, 9.7.15.5.14. The ISA leaves order and rounding of the accumulation open ("at least
 single precision"); here every element of D is the exact sum of products and C, rounded once to nearest
 even. Where the hardware is to be imitated, ``truncate_bits`` cuts the exact sum to that many significant
 bits toward zero instead: FP8 tensor cores are reported to keep about 22.
