@@ -6,12 +6,14 @@ and what no form covers is named with its reason.
 from __future__ import annotations
 
 import functools
+import pickle
 
 import numpy as np
 import pytest
 
 from emulated.instruction_models import model_of
-from gpu.instructions import compare, coverage, operands, tables
+from gpu import compare_with_gpu
+from gpu.instructions import compare, coverage, on_device, operands, tables
 from gpu.instructions.forms import width
 from gpu.instructions.on_emulator import run
 from gpu.instructions.rules import Bits
@@ -175,3 +177,46 @@ def test_open_payloads_of_nan_are_counted_apart():
     bad, _, nan = compare._bits(rule, got, want)
     assert bad[0].tolist() == [False, True, False]
     assert nan == 1
+
+
+class _StandIn:
+    """A device that gets one form wrong, refuses one, and fails at one."""
+
+    name, capability = "stand-in", (9, 0)
+
+    def run(self, forms, columns, count):
+        found = run(forms, columns, count)
+        for at, form in enumerate(forms):
+            if form.name == "popc.b32":
+                found[at][0][7] ^= 1
+            elif form.name == "clz.b32":
+                found[at] = on_device.DeviceError("refused")
+            elif form.name == "brev.b32":
+                raise on_device.DeviceError("failed")
+        return found
+
+
+def test_the_program_reports_each_form_that_differs_is_refused_or_fails(monkeypatch):
+    monkeypatch.setattr(on_device, "Device", _StandIn)
+    group = compare_with_gpu.Group("logic", COUNT, ("clz.b32", "popc.b32", "popc.b64"))
+    assert pickle.loads(pickle.dumps(group)) == group
+    done = compare_with_gpu.run_on_device([group], 3)
+    emulated, _ = compare_with_gpu.emulate(group, 3)
+    rows = [
+        compare_with_gpu.judge(group, form, 3, x, y)
+        for form, x, y in zip(group.forms, done.results[0], emulated, strict=True)
+    ]
+    by_name = {row.name: row for row in rows}
+    assert by_name["clz.b32"].problem == "refused"
+    assert by_name["popc.b32"].mismatches == 1
+    assert by_name["popc.b32"].examples[0].startswith("thread 7: operands 0x")
+    assert [row.name for row in rows if row.passed] == ["popc.b64"]
+    assert "2" in compare_with_gpu.table(rows).split("\n")[1].split()
+    broken = compare_with_gpu.Group("logic", COUNT, ("brev.b32",))
+    done = compare_with_gpu.run_on_device([group, broken, group], 3)
+    assert (len(done.results), done.error) == (1, "device: failed")
+
+
+def test_the_program_runs_every_form_once():
+    names = [name for group in compare_with_gpu.groups("", COUNT) for name in group.names]
+    assert sorted(names) == sorted(form.name for form in tables.all_forms())
