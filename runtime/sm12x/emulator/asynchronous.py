@@ -15,13 +15,18 @@ from .ptx.ir import Instruction
 from .warp import Split, Warp
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Issuer:
     """Which thread issued an operation, for reports."""
 
     instruction: Instruction
     warp: Warp
     lane: int
+    early: bool = field(init=False)  # before the thread's griddepcontrol.wait
+
+    def __post_init__(self) -> None:
+        dependency = self.warp.cta.grid.dependency
+        self.early = dependency is not None and not dependency.is_after(self.warp, (self.lane,))
 
     @property
     def cta(self) -> Cta:
@@ -48,6 +53,7 @@ class Operation:
     def step(self) -> bool:
         """Take the next step; whether more are left. Raises EmulatorError where it breaks a rule."""
         step = self._steps.pop(0)
+        self._issuer.cta.grid.memory.acting = self._issuer
         try:
             step()
         except Fault as fault:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .checkers import barriers as barrier_checks
 from .errors import Fault
 from .memory import OPAQUE, SHARED_BASE, UNWRITTEN, Array, Region
 from .warp import LANE_BITS, LANES, Split, Warp
@@ -37,17 +38,25 @@ class Mbarrier:
     ends.
     """
 
-    __slots__ = ("address", "expected", "pending", "phase", "queue", "tx")
+    __slots__ = ("address", "expected", "pending", "phase", "polls", "queue", "tx", "woken")
 
     def __init__(self, address: int, count: int) -> None:
         self.address, self.expected, self.pending = address, count, count
         self.phase = 0
         self.tx = 0
         self.queue: list[Split] = []
+        self.woken: list[Split] = []  # those that the end of the last phase woke
+        self.polls: dict[
+            tuple[int, int], int
+        ] = {}  # the phase that threads found unfinished, by warp and lane
 
     def __str__(self) -> str:
         left = f"{self.expected - self.pending} of {self.expected} arrivals"
-        tx = f", {self.tx} transaction bytes to come" if self.tx else ""
+        if self.pending:
+            left += f", {self.pending} missing"
+        tx = f", {self.tx} transaction bytes to come" if self.tx > 0 else ""
+        if self.tx < 0:
+            tx = f", {-self.tx} transaction bytes more than were expected"
         return f"the mbarrier at shared {self.address:#x} in phase {self.phase} ({left}{tx})"
 
 
@@ -63,6 +72,7 @@ class Cta:
         self.barriers = [NamedBarrier() for _ in range(NAMED_BARRIERS)]
         self.cluster_barrier = NamedBarrier()
         self.mbarriers: dict[int, Mbarrier] = {}
+        self.unfenced: dict[int, Warp] = {}  # warps that initialised mbarriers, by address: see checkers
         self.map_cache: dict[int, bytes] = {}  # tensor maps as this CTA last saw them
         self.in_flight = 0  # asynchronous operations that still touch the shared memory
         self.threads = grid.block[0] * grid.block[1] * grid.block[2]
@@ -178,7 +188,7 @@ class Cta:
             raise Fault("barrier", f"no mbarrier has been initialised at shared {address:#x}")
         return found
 
-    def mbarrier_init(self, address: int, count: int) -> None:
+    def mbarrier_init(self, address: int, count: int, warp: Warp) -> None:
         if address % 8:
             raise Fault("alignment", f"an mbarrier at shared {address:#x}, which is no multiple of 8")
         if not 1 <= count <= _COUNT_LIMIT:
@@ -188,6 +198,7 @@ class Cta:
         if previous is not None:
             raise Fault("barrier", f"mbarrier.init of {previous}, which is valid and was not invalidated")
         self.mbarriers[address] = Mbarrier(address, count)
+        self.unfenced[address] = warp
         self.shared.shadow[span] = OPAQUE
         self.shared.has_opaque = True
 
@@ -196,6 +207,7 @@ class Cta:
         if barrier.queue:
             raise Fault("barrier", f"mbarrier.inval of {barrier} while threads wait for it")
         del self.mbarriers[address]
+        self.unfenced.pop(address, None)
         self.shared.shadow[self.shared.span(address, 8, "mbarrier.inval")] = UNWRITTEN
 
     def mbarrier_arrive(self, barrier: Mbarrier, count: int) -> None:
@@ -222,9 +234,10 @@ class Cta:
 
     def _phase_end(self, barrier: Mbarrier) -> None:
         if barrier.pending == 0 and barrier.tx == 0:
+            barrier_checks.phase_ends(barrier)
             barrier.phase += 1
             barrier.pending = barrier.expected
-            self.grid.scheduler.wake(barrier.queue)
+            self.grid.scheduler.wake(barrier.queue, late=True)
 
 
 def _each(value: int) -> Array:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .checkers.dependents import Dependency
 from .compiler import Program
 from .errors import EmulatorError
 from .grid import Grid
@@ -126,16 +127,65 @@ def launch(
     seed: int = 0,
     segment_limit: int = SEGMENT_LIMIT,
     resident: int | None = None,
+    cooperative: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> LaunchResult:
     """Run a kernel to its end.
 
     `parameters` are the bytes of the kernel's parameters, in PTX's layout; at least as many as it declares.
-    `seed` chooses how warps interleave and when asynchronous operations complete. `progress` is called now
+    `seed` chooses how warps interleave, when asynchronous operations complete, and how many CTAs are there at
+    a time unless `resident` says so or the launch is `cooperative`: then all are. `progress` is called now
     and then with the segments that have run.
 
     Raises ValueError for a launch that CUDA would refuse, and EmulatorError where the kernel breaks a rule.
     """
+    state = prepare(
+        program,
+        grid,
+        block,
+        shared_bytes,
+        parameters,
+        memory=memory,
+        seed=seed,
+        segment_limit=segment_limit,
+        resident=resident,
+        cooperative=cooperative,
+    )
+    try:
+        with np.errstate(all="ignore"):
+            if progress is not None:
+                state.scheduler.watch(progress)
+            state.scheduler.run()
+    finally:
+        state.close()
+    return LaunchResult(state.scheduler.steps, state.scheduler.completed)
+
+
+def residents(seed: int, count: int) -> int:
+    """How many of a grid's `count` CTAs a seed lets in at a time: all (seeds 0 and 2 modulo 5), one (1), two
+    (3) or half of them (4).
+
+    CUDA guarantees that the CTAs of a grid are there together only for a cooperative launch, however few they
+    are: a kernel in which one waits for another that has not begun fails under some seeds.
+    """
+    return (count, 1, count, min(2, count), -(-count // 2))[seed % 5]
+
+
+def prepare(
+    program: Program,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    shared_bytes: int,
+    parameters: bytes,
+    *,
+    memory: GlobalMemory,
+    seed: int,
+    segment_limit: int = SEGMENT_LIMIT,
+    resident: int | None = None,
+    cooperative: bool = False,
+    dependency: Dependency | None = None,
+) -> Grid:
+    """A grid ready to run, to be closed behind its end. Arguments and ValueErrors as of `launch`."""
     kernel = program.kernel
     for name, sizes in (("grid", grid), ("block", block)):
         if len(sizes) != 3 or min(sizes) < 1:
@@ -151,7 +201,8 @@ def launch(
             f"parameters: expected {program.layout.parameter_bytes} bytes for {kernel.name}, "
             f"got {len(parameters)}"
         )
-    state = Grid(
+    count = grid[0] * grid[1] * grid[2]
+    return Grid(
         program,
         memory,
         grid,
@@ -161,13 +212,9 @@ def launch(
         seed=seed,
         limit=segment_limit,
         number=next(_numbers),
-        resident=resident,
+        resident=count if cooperative else resident or residents(seed, count),
+        dependency=dependency,
     )
-    with np.errstate(all="ignore"):
-        if progress is not None:
-            state.scheduler.watch(progress)
-        state.scheduler.run()
-    return LaunchResult(state.scheduler.steps, state.scheduler.completed)
 
 
 def _check_block(kernel: Kernel, block: tuple[int, int, int]) -> None:

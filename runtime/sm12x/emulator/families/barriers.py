@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..cta import NAMED_BARRIERS
+from ..checkers import barriers as barrier_checks
+from ..checkers import tensor_maps
+from ..cta import NAMED_BARRIERS, NamedBarrier
 from ..emitter import Emitter
 from ..errors import Fault
 from ..memory import Array
@@ -58,12 +60,20 @@ def _arrive(w: Warp, s: Split, lanes: Array | None, barrier: int, count: int | N
     # Barriers count whole warps: lanes that have ended come with the warp's first lane that has not.
     first = w.alive.argmax()
     whole = executing == w.alive_count or (lanes is not None and first in lanes)
+    if w.cta.grid.dependency is not None:
+        w.cta.grid.dependency.arrive(w, lanes, found, found.generation)
     found.arrived += executing + (32 - w.alive_count if whole else 0)
     if found.arrived > found.expected:
         raise Fault("barrier", f"{found.arrived} threads at barrier {barrier}, which is for {found.expected}")
     generation, results = found.generation, found.reduction
     w.cta.complete(found)
     return found, generation, results
+
+
+def _follow(w: Warp, lanes: Array | None, barrier: NamedBarrier, generation: int) -> None:
+    """Threads leave a barrier: what arrived at it comes before what they do next."""
+    if w.cta.grid.dependency is not None:
+        w.cta.grid.dependency.leave(w, lanes, barrier, generation)
 
 
 def _synchronise(is_aligned: bool) -> Callable[..., Any]:
@@ -76,6 +86,7 @@ def _synchronise(is_aligned: bool) -> Callable[..., Any]:
         else:
             found = w.cta.barriers[number]
         if found.generation != s.memo:
+            _follow(w, lanes, found, s.memo)
             s.memo = None
             return None
         return Wait(
@@ -109,6 +120,7 @@ def _reduce(is_aligned: bool, name: str) -> Callable[..., Any]:
             s.memo = _arrive(w, s, lanes, number, threads, is_aligned)
         found, generation, results = s.memo
         if found.generation != generation:
+            _follow(w, lanes, found, generation)
             s.memo = None
             size = 32 if lanes is None else len(lanes)
             if name == "popc":
@@ -159,12 +171,17 @@ def fence(i: Instruction, e: Emitter) -> None:
             e.call(_acquire_map, e.address(i.operands[0]))
         elif "release" not in words:
             raise unsupported(i)
+        else:
+            e.call(tensor_maps.release)
         return
     extra = [word for word in words if word not in _FENCES]
     if extra:
         raise unsupported(i, f"modifier .{extra[0]}")
+    if "mbarrier_init" in words or (words[:2] == ("proxy", "async") and "global" not in words):
+        e.call(barrier_checks.fence_initialisation)
 
 
 def _acquire_map(w: Warp, _s: Split, lanes: Array | None, address: Array) -> None:
     for at in np.unique(address if lanes is None else address[lanes]).tolist():
         w.cta.map_cache.pop(at, None)
+        tensor_maps.acquire(w.cta, at)

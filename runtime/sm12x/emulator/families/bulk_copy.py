@@ -12,6 +12,8 @@ import numpy as np
 
 from .. import tensor_map
 from ..asynchronous import Issuer, Operation, ThreadGroups, thread_groups
+from ..checkers import tensor_maps
+from ..checkers.barriers import check_initialisation
 from ..cta import Cta
 from ..emitter import Emitter
 from ..errors import Fault
@@ -53,6 +55,7 @@ def read_map(cta: Cta, address: int) -> tensor_map.TensorMap:
         span = region.span(start, tensor_map.SIZE, "read of a tensor map")
         if np.count_nonzero(region.shadow[span]):
             raise Fault("uninitialised", f"the tensor map at {address:#x} was never wholly written")
+        region.tell(start, tensor_map.SIZE, None)
         content = cta.map_cache[address] = region.data[span].tobytes()
     return tensor_map.decode(content)
 
@@ -72,8 +75,12 @@ def _box(
     return box, region, int.from_bytes(found.fill_pattern[: min(box.unit, 8)], "little")
 
 
-def _load_box(cta: Cta, map_address: int, coordinates: tuple[int, ...], shared: int, barrier: int) -> None:
+def _load_box(
+    issuer: Issuer, map_address: int, coordinates: tuple[int, ...], shared: int, barrier: int
+) -> None:
+    cta = issuer.cta
     box, region, fill = _box(cta, map_address, coordinates, shared)
+    tensor_maps.done(issuer, map_address)
     if box.in_bounds is None and region is not None:
         values = region.gather(box.addresses, box.unit)
     else:
@@ -176,9 +183,12 @@ def _tensor_load(i: Instruction, e: Emitter) -> None:
             shared, map_address, target = _shared(to, lane), int(at[lane]), _shared(barrier, lane)
             coordinates = tuple(int(c[lane]) for c in where)
             cta.mbarrier(target)
+            check_initialisation(cta, target)
+            issuer = Issuer(i, w, lane)
+            tensor_maps.issue(issuer, map_address)
             cta.in_flight += 1
-            step = _bound(_load_box, cta, map_address, coordinates, shared, target)
-            cta.grid.scheduler.submit(Operation(Issuer(i, w, lane), step))
+            step = _bound(_load_box, issuer, map_address, coordinates, shared, target)
+            cta.grid.scheduler.submit(Operation(issuer, step))
 
     e.call(run, e.address(destination), _base(e, source), e.address(barrier), *_coordinates(i, e, source))
 
@@ -206,10 +216,12 @@ def _submit_tensor_store(
     shared: int,
     combine: Callable[[str], Combine | None] | None,
 ) -> None:
-    cta = w.cta
+    cta, issuer = w.cta, Issuer(i, w, lane)
+    tensor_maps.issue(issuer, map_address)
 
     def locate() -> tuple[Array, Array, Region | None, int]:
         box, region, _ = _box(cta, map_address, coordinates, shared)
+        tensor_maps.done(issuer, map_address)
         source, to = box.offsets + shared, box.addresses
         if box.in_bounds is not None:
             source, to = source[box.in_bounds], to[box.in_bounds]
@@ -225,7 +237,7 @@ def _submit_tensor_store(
         return function(old.view(word), np.ascontiguousarray(new).view(word)).view(old.dtype)
 
     store = _Store(cta, thread_groups(w, lane, "bulk"), locate, None if combine is None else reduce)
-    store.submit(Issuer(i, w, lane))
+    store.submit(issuer)
 
 
 def _base(e: Emitter, operand: Operand) -> str:
@@ -286,6 +298,7 @@ def _bulk_load(i: Instruction, e: Emitter, *, from_shared: bool) -> None:
             begin = _shared(at, lane) if from_shared else int(at[lane])
             _check_bulk(count, shared, begin)
             w.cta.mbarrier(target)
+            check_initialisation(w.cta, target)
             w.cta.in_flight += 1
             step = _bound(copy, w.cta, shared, begin, count, target)
             w.cta.grid.scheduler.submit(Operation(Issuer(i, w, lane), step))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkers import barriers as checks
 from ..cta import Mbarrier
 from ..emitter import Emitter
 from ..errors import Fault
@@ -56,7 +57,7 @@ def init(i: Instruction, e: Emitter) -> None:
 
     def run(w: Warp, _s: Split, lanes: Array | None, address: Array, count: Array) -> None:
         for at, value in zip(_each(space, lanes, address), _values(lanes, count), strict=True):
-            w.cta.mbarrier_init(at, value)
+            w.cta.mbarrier_init(at, value, w)
 
     e.call(run, e.address(i.operands[0]), e.value(i.operands[1], "u32").u)
 
@@ -93,6 +94,9 @@ def _arrival(space: str, *, expect: bool, drop: bool, completes: bool, keep: boo
     def run(w: Warp, _s: Split, lanes: Array | None, address: Array, number: Array | None = None) -> Array:
         cta = w.cta
         addresses = _each(space, lanes, address)
+        if cta.grid.dependency is not None:
+            for at in dict.fromkeys(addresses):
+                cta.grid.dependency.arrive(w, lanes, cta.mbarrier(at), cta.mbarrier(at).phase)
         numbers = [1] * len(addresses) if number is None else _values(lanes, number)
         if not keep and not drop and completes and addresses.count(addresses[0]) == len(addresses):
             barrier = cta.mbarrier(addresses[0])
@@ -151,27 +155,44 @@ def pending_count(i: Instruction, e: Emitter) -> None:
 
 
 def _completed(barrier: Mbarrier, operand: int, parity: bool) -> bool:
-    """Whether the phase that a wait means has ended. A parity means this phase or the one before it."""
+    """Whether the phase that a wait means has ended: this one or the one before it. Raises Fault for a state
+    of an older one.
+    """
     if parity:
         return barrier.phase & 1 != operand & 1
+    if barrier.phase - (operand >> 20) > 1:
+        raise Fault("barrier", f"a wait with a state of phase {operand >> 20} at {barrier}: that is too old")
     return barrier.phase != operand >> 20
 
 
+def _follow(w: Warp, lanes: Array | None, barrier: Mbarrier) -> None:
+    """Threads have seen a phase end: what arrived in it comes before what they do next."""
+    dependency = w.cta.grid.dependency
+    if dependency is not None:
+        dependency.leave(w, lanes, barrier, barrier.phase - 1)
+
+
 def _try_wait(space: str, parity: bool) -> Callable[..., Any]:
-    def run(w: Warp, _s: Split, lanes: Array | None, address: Array, operand: Array) -> Any:
+    def run(w: Warp, s: Split, lanes: Array | None, address: Array, operand: Array) -> Any:
         addresses, wanted = _each(space, lanes, address), _values(lanes, operand)
         first = w.cta.mbarrier(addresses[0])
         if addresses.count(addresses[0]) == len(addresses) == wanted.count(wanted[0]):  # the lanes agree
-            if _completed(first, wanted[0], parity):
+            seen = _completed(first, wanted[0], parity)
+            checks.resumed(first, s, seen=seen)
+            if seen:
+                _follow(w, lanes, first)
                 return ALL if lanes is None else ALL[lanes]
             if w.cta.grid.scheduler.chance(_GIVES_UP):
                 return NONE if lanes is None else NONE[lanes]
+            checks.blocked(first, s)
             return Wait("mbarrier", first.queue, lambda: str(first))
         flags = [
             _completed(first if at == addresses[0] else w.cta.mbarrier(at), value, parity)
             for at, value in zip(addresses, wanted, strict=True)
         ]
         if any(flags) or w.cta.grid.scheduler.chance(_GIVES_UP):
+            for at in addresses if any(flags) else ():
+                _follow(w, lanes, w.cta.mbarrier(at))
             return np.array(flags)
         return Wait("mbarrier", first.queue, lambda: str(first))
 
@@ -179,9 +200,15 @@ def _try_wait(space: str, parity: bool) -> Callable[..., Any]:
 
 
 def _test_wait(space: str, parity: bool) -> Callable[..., Array]:
-    def run(w: Warp, _s: Split, lanes: Array | None, address: Array, operand: Array) -> Array:
-        pairs = zip(_each(space, lanes, address), _values(lanes, operand), strict=True)
-        return np.array([_completed(w.cta.mbarrier(at), value, parity) for at, value in pairs])
+    def run(w: Warp, s: Split, lanes: Array | None, address: Array, operand: Array) -> Array:
+        addresses, wanted = _each(space, lanes, address), _values(lanes, operand)
+        pairs = zip(addresses, wanted, strict=True)
+        flags = np.array([_completed(w.cta.mbarrier(at), value, parity) for at, value in pairs])
+        if addresses.count(addresses[0]) == len(addresses) and flags.all() == flags.any():
+            checks.resumed(w.cta.mbarrier(addresses[0]), s, seen=bool(flags[0]))
+        for at in addresses if flags.any() else ():
+            _follow(w, lanes, w.cta.mbarrier(at))
+        return flags
 
     return run
 

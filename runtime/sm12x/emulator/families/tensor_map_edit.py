@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import tensor_map
+from ..checkers import tensor_maps
 from ..cta import Cta
 from ..emitter import Emitter
 from ..errors import Fault
@@ -49,7 +50,10 @@ def replace(i: Instruction, e: Emitter) -> None:
                 content = tensor_map.replace(region.data[span].tobytes(), field, index, int(value[lane]))
             except ValueError as error:
                 raise Fault("tensor map", str(error), (int(lane),)) from error
-            region.data[span] = np.frombuffer(content, np.uint8)
+            changed = np.frombuffer(content, np.uint8)
+            region.tell(region.base + span.start, tensor_map.SIZE, None)
+            region.tell(region.base + span.start, tensor_map.SIZE, changed)
+            region.data[span] = changed
 
     e.call(run, e.address(i.operands[0]), e.value(i.operands[-1], kind).u)
 
@@ -73,5 +77,7 @@ def _copy(w: Warp, s: Split, lanes: Array | None, to: Array, source: Array) -> N
     region, read = _place(w.cta, "shared", shared_address(source, lanes, "shared"))
     if np.count_nonzero(region.shadow[read]):
         raise Fault("uninitialised", "the tensor map to copy was never wholly written")
+    target.tell(target.base + span.start, tensor_map.SIZE, region.data[read])
     target.data[span] = region.data[read]
     target.shadow[span] = 0
+    tensor_maps.publish(w.cta)

@@ -288,9 +288,15 @@ def _match_all(a: Array, members: Array, executing: Array) -> tuple[Array, Array
 def bar_warp_sync(i: Instruction, e: Emitter) -> None:
     """The lanes named wait for each other; memory is ordered anyway."""
     _gather(i, e, i.operands[0])
+    e.line(f"{e.bind(_converge)}(w, {e.mask or 's.mask'})")
     if e.mask is None:
         return
     e.line(f"{e.bind(_named)}({e.mask}, {e.value(i.operands[0], 'b32').u})")
+
+
+def _converge(w: Warp, executing: Array) -> None:
+    if w.cta.grid.dependency is not None:
+        w.cta.grid.dependency.converge(w, executing)
 
 
 def _named(executing: Array, members: Array) -> None:

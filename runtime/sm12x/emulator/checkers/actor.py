@@ -1,0 +1,59 @@
+"""Who executes now, and which instruction: for observers of memory, which see addresses only."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..asynchronous import Issuer
+from ..ptx.ir import Instruction
+
+if TYPE_CHECKING:
+    from ..memory import GlobalMemory
+    from ..warp import Warp
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Lanes of a warp, and the instruction that they execute (None where it is not known): now, or when they
+    issued the asynchronous operation that takes its step now.
+    """
+
+    warp: Warp
+    lanes: tuple[int, ...]
+    instruction: Instruction | None
+    issuer: Issuer | None
+
+    def __str__(self) -> str:
+        where = f"warp {self.warp.index} of CTA {self.warp.cta.index}"
+        return f"{where} at {line(self.instruction)}"
+
+
+def line(instruction: Instruction | None) -> str:
+    """An instruction as messages name it."""
+    if instruction is None:
+        return "an unknown line"
+    return f"PTX line {instruction.line}: {instruction.text}"
+
+
+def now(memory: GlobalMemory) -> Actor:
+    """Who executes now. Only to be asked while a kernel runs, below a segment's function or a step of an
+    operation.
+    """
+    acting = memory.acting
+    if isinstance(acting, Issuer):
+        return Actor(acting.warp, (acting.lane,), acting.instruction, acting)
+    return Actor(acting.warp, tuple(acting.lanes.tolist()), _executing(acting.warp), None)
+
+
+def _executing(warp: Warp) -> Instruction | None:
+    """The instruction whose source runs: the frame of its segment is below us on the stack."""
+    program = warp.cta.grid.program
+    frame = sys._getframe(1)
+    while frame is not None:
+        found = program.instruction_of(frame.f_code, frame.f_lineno)
+        if found is not None:
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
