@@ -44,22 +44,22 @@ class Issuer:
 class Operation:
     """One operation: `steps` happen one after the other, with anything in between."""
 
-    __slots__ = ("_issuer", "_steps")
+    __slots__ = ("_steps", "issuer")
 
     def __init__(self, issuer: Issuer, *steps: Callable[[], None]) -> None:
-        self._issuer = issuer
+        self.issuer = issuer
         self._steps = list(steps)
 
     def step(self) -> bool:
         """Take the next step; whether more are left. Raises EmulatorError where it breaks a rule."""
         step = self._steps.pop(0)
-        self._issuer.cta.grid.memory.acting = self._issuer
+        self.issuer.cta.grid.memory.acting = self.issuer
         try:
             step()
         except Fault as fault:
-            raise self._issuer.error(fault) from fault
+            raise self.issuer.error(fault) from fault
         except ValueError as error:  # a tensor map that is none, coordinates that do not fit it
-            raise self._issuer.error(Fault("tensor map", str(error))) from error
+            raise self.issuer.error(Fault("tensor map", str(error))) from error
         return bool(self._steps)
 
 

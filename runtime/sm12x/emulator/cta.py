@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkers import barriers as barrier_checks
+from .checkers.actor import line, now
 from .errors import Fault
 from .memory import OPAQUE, SHARED_BASE, UNWRITTEN, Array, Region
 from .warp import LANE_BITS, LANES, Split, Warp
 
 if TYPE_CHECKING:
     from .grid import Grid
+    from .ptx.ir import Instruction
 
 NAMED_BARRIERS = 16
 _TX_LIMIT = (1 << 20) - 1
@@ -38,7 +40,7 @@ class Mbarrier:
     ends.
     """
 
-    __slots__ = ("address", "expected", "pending", "phase", "polls", "queue", "tx", "woken")
+    __slots__ = ("address", "expected", "pending", "phase", "polls", "queue", "seen", "tx", "tx_by", "woken")
 
     def __init__(self, address: int, count: int) -> None:
         self.address, self.expected, self.pending = address, count, count
@@ -46,6 +48,8 @@ class Mbarrier:
         self.tx = 0
         self.queue: list[Split] = []
         self.woken: list[Split] = []  # those that the end of the last phase woke
+        self.seen: dict[tuple[int, int], int] = {}  # phases whose end threads saw last, by warp and lane
+        self.tx_by: Instruction | None = None  # that last changed tx
         self.polls: dict[
             tuple[int, int], int
         ] = {}  # the phase that threads found unfinished, by warp and lane
@@ -139,12 +143,10 @@ class Cta:
 
     def _ended(self) -> None:
         if self.in_flight:
-            raise Fault(
-                "exit", f"the CTA ends while {self.in_flight} asynchronous copies still use its shared memory"
-            )
+            raise barrier_checks.ends_under_copies(self)
         for barrier in self.mbarriers.values():
             if barrier.tx:
-                raise Fault("exit", f"the CTA ends with {barrier}")
+                raise Fault("exit", f"the CTA ends with {barrier}; last changed at {line(barrier.tx_by)}")
         self.grid.cta_ended(self)
 
     def release(self) -> None:
@@ -225,8 +227,8 @@ class Cta:
         self._check_tx(barrier)
         self._phase_end(barrier)
 
-    @staticmethod
-    def _check_tx(barrier: Mbarrier) -> None:
+    def _check_tx(self, barrier: Mbarrier) -> None:
+        barrier.tx_by = now(self.grid.memory).instruction
         if not -_TX_LIMIT <= barrier.tx <= _TX_LIMIT:
             raise Fault(
                 "barrier", f"{barrier.tx} pending transaction bytes at {barrier}: at most 2^20-1 are allowed"

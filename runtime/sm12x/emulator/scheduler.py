@@ -11,11 +11,14 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from .checkers import barriers as checks
 from .checkers.livelock import Livelock
 from .errors import EmulatorError, Violation
 from .warp import Split, Wait, arrive
 
 if TYPE_CHECKING:
+    from .asynchronous import Issuer
+    from .cta import Cta
     from .grid import Grid
 
 # Segments run while asynchronous operations are pending, for each split that is ready, before one completes
@@ -29,6 +32,8 @@ ENDED, STUCK, PAUSED = "ended", "stuck", "paused"
 
 class Operation(Protocol):
     """Something asynchronous. `step` does a part of it and says whether more is left."""
+
+    issuer: Issuer
 
     def step(self) -> bool: ...
 
@@ -91,6 +96,10 @@ class Scheduler:
     def chance(self, of: int) -> bool:
         """True once in so many times, on average."""
         return self.random.randrange(of) == 0
+
+    def pending(self, cta: Cta) -> list[Issuer]:
+        """Who issued the operations of a CTA that have not completed."""
+        return [each.issuer for each in self._operations if each.issuer.cta is cta]
 
     def submit(self, operation: Operation) -> None:
         """An asynchronous operation has been issued."""
@@ -195,6 +204,9 @@ class Scheduler:
     def _stuck(self, kind: str, message: str) -> EmulatorError:
         """The report of who waits for what."""
         program = self._grid.program
+        underflow = checks.underflow(self._grid)
+        if underflow is not None:
+            return underflow
         lines = []
         if any(split.wait is not None and split.wait.kind == "aligned" for split in self._grid.splits()):
             kind = "divergence"

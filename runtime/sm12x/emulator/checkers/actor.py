@@ -6,10 +6,11 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..asynchronous import Issuer
 from ..ptx.ir import Instruction
+from ..warp import Split
 
 if TYPE_CHECKING:
+    from ..asynchronous import Issuer
     from ..memory import GlobalMemory
     from ..warp import Warp
 
@@ -42,9 +43,9 @@ def now(memory: GlobalMemory) -> Actor:
     operation.
     """
     acting = memory.acting
-    if isinstance(acting, Issuer):
-        return Actor(acting.warp, (acting.lane,), acting.instruction, acting)
-    return Actor(acting.warp, tuple(acting.lanes.tolist()), _executing(acting.warp), None)
+    if isinstance(acting, Split):
+        return Actor(acting.warp, tuple(acting.lanes.tolist()), _executing(acting.warp), None)
+    return Actor(acting.warp, (acting.lane,), acting.instruction, acting)
 
 
 def _executing(warp: Warp) -> Instruction | None:

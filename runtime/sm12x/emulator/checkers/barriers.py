@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import Fault
+from ..errors import EmulatorError, Fault, Violation
 from . import actor
 
 if TYPE_CHECKING:
     from ..cta import Cta, Mbarrier
+    from ..grid import Grid
     from ..memory import Array
     from ..warp import Split, Warp
 
@@ -47,6 +48,7 @@ def resumed(barrier: Mbarrier, split: Split, *, seen: bool) -> None:
     since = memo[1] if memo is not None and memo[0] is barrier else barrier.polls.get(key)
     if seen:
         barrier.polls.pop(key, None)
+        barrier.seen[key] = barrier.phase - 1
     elif since is not None and since < barrier.phase and since % 2 == barrier.phase % 2:
         raise _overtaken(barrier, split.warp, since, "this instruction", "did not see")
     else:
@@ -62,6 +64,39 @@ def _overtaken(barrier: Mbarrier, warp: Warp, phase: int, where: str, saw: str) 
         "barrier",
         f"{barrier} overtakes a waiter: warp {warp.index}, which waits at {where}, {saw} the end of phase "
         f"{phase}, and the parity that it waits for means another phase by now",
+    )
+
+
+def waits_for(barrier: Mbarrier, split: Split) -> str:
+    """What a split waits for, for the report of a deadlock: also phases that ended before it looked."""
+    last = barrier.seen.get((split.warp.index, int(split.lanes[0])), -1)
+    if barrier.phase - last < 3:
+        return str(barrier)
+    return f"{barrier}, of which phases {last + 1} to {barrier.phase - 1} ended before it looked,"
+
+
+def underflow(grid: Grid) -> EmulatorError | None:
+    """The error for a barrier at which more bytes have completed than were expected, so that its phase cannot
+    end although all threads have arrived: for grids in which nothing moves any more.
+    """
+    for cta in grid.ctas:
+        for barrier in cta.mbarriers.values():
+            if barrier.queue and barrier.pending == 0 and barrier.tx < 0:
+                message = f"transaction underflow at {barrier}"
+                by = barrier.tx_by
+                text, line = (by.text, by.line) if by is not None else (None, None)
+                violation = Violation("barrier", message, line, text, cta.index)
+                return EmulatorError(message, text, line, violation=violation)
+    return None
+
+
+def ends_under_copies(cta: Cta) -> Fault:
+    """A CTA ends while asynchronous copies are pending that use its shared memory."""
+    pending = cta.grid.scheduler.pending(cta)
+    first = f", the first issued at {actor.line(pending[0].instruction)}" if pending else ""
+    return Fault(
+        "exit",
+        f"the CTA ends while {cta.in_flight} asynchronous copies still use its shared memory{first}",
     )
 
 

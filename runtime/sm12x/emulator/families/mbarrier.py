@@ -185,7 +185,7 @@ def _try_wait(space: str, parity: bool) -> Callable[..., Any]:
             if w.cta.grid.scheduler.chance(_GIVES_UP):
                 return NONE if lanes is None else NONE[lanes]
             checks.blocked(first, s)
-            return Wait("mbarrier", first.queue, lambda: str(first))
+            return Wait("mbarrier", first.queue, lambda: checks.waits_for(first, s))
         flags = [
             _completed(first if at == addresses[0] else w.cta.mbarrier(at), value, parity)
             for at, value in zip(addresses, wanted, strict=True)

@@ -289,9 +289,9 @@ def bar_warp_sync(i: Instruction, e: Emitter) -> None:
     """The lanes named wait for each other; memory is ordered anyway."""
     _gather(i, e, i.operands[0])
     e.line(f"{e.bind(_converge)}(w, {e.mask or 's.mask'})")
-    if e.mask is None:
+    if e.mask is None and _constant(i.operands[0]) == 0xFFFFFFFF:
         return
-    e.line(f"{e.bind(_named)}({e.mask}, {e.value(i.operands[0], 'b32').u})")
+    e.line(f"{e.bind(_named)}({e.mask or 's.mask'}, {e.value(i.operands[0], 'b32').u})")
 
 
 def _converge(w: Warp, executing: Array) -> None:
