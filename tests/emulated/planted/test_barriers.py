@@ -90,8 +90,8 @@ CASES = [
     case("exit with pending transactions", f"{init()}@%p1 {EXPECT.format(64)}\n<HERE>", "",
          f"{COPY}\n{wait()}",
          "exit",
-         f"the CTA ends with {ADDRESS} in phase 0 .* 64 transaction bytes to come.*; last changed at PTX line "
-         "\\d+: @%p1 mbarrier.arrive.expect_tx", None),
+         f"the CTA ends with {ADDRESS} in phase 0 .* 64 transaction bytes to come.*; last changed at PTX "
+         "line \\d+: @%p1 mbarrier.arrive.expect_tx", None),
     case("exit under a copy", f"{init()}@%p1 {EXPECT.format(64)}\n{COPY}\n<HERE>", "", wait(), "exit",
          "the CTA ends while 1 asynchronous copies still use its shared memory, the first issued at PTX line "
          r"\d+: @%p1 cp.async.bulk.shared", None, least=3),
@@ -105,8 +105,8 @@ CASES = [
          threads=64, least=4),
     case("phases that end before anybody waits", init() + HALF.format(first=f"@%p1 {ARRIVE}\n<HERE>",
          second=f"{DELAY}{wait()}"), f"@%p1 {ARRIVE}", "", "deadlock",
-         f"{ADDRESS} in phase 2 \\(0 of 1 arrivals, 1 missing\\), of which phases 0 to 1 ended before it looked, "
-         "at PTX line", None, threads=64),
+         f"{ADDRESS} in phase 2 \\(0 of 1 arrivals, 1 missing\\), of which phases 0 to 1 ended before it "
+         "looked, at PTX line", None, threads=64),
     case("a state that is too old",
          f"{init()}@!%p1 bra END;\nmbarrier.arrive.shared::cta.b64 %rd20, [bar];\n<HERE>\n"
          "mbarrier.test_wait.shared::cta.b64 %p9, [bar], %rd20;\nEND:", ARRIVE, "mov.b32 %r9, 0;", "barrier",

@@ -62,9 +62,9 @@ SECOND:
     {wait("bar+8", n=2)}
     @%p10 mbarrier.arrive.shared::cta.b64 _, [bar];
     """, "", "@%p10 mbarrier.arrive.shared::cta.b64 _, [bar];", "deadlock",
-         r"(?s)(?=.*warp 0 \(32 lanes\) waits for the mbarrier at shared 0x1400 in phase 0 \(0 of 1 arrivals, 1 "
-         r"missing\))(?=.*warp 1 \(32 lanes\) waits for the mbarrier at shared 0x1408 in phase 0 \(0 of 1 arrivals, "
-         r"1 missing\))",
+         r"(?s)(?=.*warp 0 \(32 lanes\) waits for the mbarrier at shared 0x1400 in phase 0 \(0 of 1 "
+         r"arrivals, 1 missing\))(?=.*warp 1 \(32 lanes\) waits for the mbarrier at shared 0x1408 in phase 0 "
+         r"\(0 of 1 arrivals, 1 missing\))",
          None, threads=64),
     case("lanes that wait for lanes that have left",
          "setp.lt.u32 %p9, %r1, 30;\n<HERE>\nbar.warp.sync 0xC0000000;\n"
