@@ -17,7 +17,7 @@ from .checkers.dependents import Dependency, Recorder
 from .compiler import Program
 from .errors import EmulatorError
 from .grid import Grid
-from .launch import SEGMENT_LIMIT, LaunchResult, prepare
+from .launch import SEGMENT_LIMIT, LaunchResult, check, prepare
 from .memory import GlobalMemory
 from .scheduler import ENDED, PAUSED, STUCK
 
@@ -52,6 +52,7 @@ def launch_chain(
     results: list[LaunchResult] = []
     runs: list[list[Link]] = []
     for at, link in enumerate(links):
+        check(link.program, link.grid, link.block, link.shared_bytes, link.parameters)
         if at == 0 or not link.programmatic:
             runs.append([])
         runs[-1].append(link)

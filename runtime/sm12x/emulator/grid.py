@@ -59,6 +59,7 @@ class Grid:
 
     def close(self) -> None:
         """The grid has run, or will not run on."""
+        self.scheduler.close()
         if self.map_watch is not None:
             self.memory.forget(self.map_watch)
 

@@ -186,6 +186,31 @@ def prepare(
     dependency: Dependency | None = None,
 ) -> Grid:
     """A grid ready to run, to be closed behind its end. Arguments and ValueErrors as of `launch`."""
+    check(program, grid, block, shared_bytes, parameters)
+    count = grid[0] * grid[1] * grid[2]
+    return Grid(
+        program,
+        memory,
+        grid,
+        block,
+        shared_bytes,
+        parameters[: program.layout.parameter_bytes],
+        seed=seed,
+        limit=segment_limit,
+        number=next(_numbers),
+        resident=count if cooperative else resident or residents(seed, count),
+        dependency=dependency,
+    )
+
+
+def check(
+    program: Program,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    shared_bytes: int,
+    parameters: bytes,
+) -> None:
+    """Raises ValueError for a launch that CUDA would refuse."""
     kernel = program.kernel
     for name, sizes in (("grid", grid), ("block", block)):
         if len(sizes) != 3 or min(sizes) < 1:
@@ -201,20 +226,6 @@ def prepare(
             f"parameters: expected {program.layout.parameter_bytes} bytes for {kernel.name}, "
             f"got {len(parameters)}"
         )
-    count = grid[0] * grid[1] * grid[2]
-    return Grid(
-        program,
-        memory,
-        grid,
-        block,
-        shared_bytes,
-        parameters[: program.layout.parameter_bytes],
-        seed=seed,
-        limit=segment_limit,
-        number=next(_numbers),
-        resident=count if cooperative else resident or residents(seed, count),
-        dependency=dependency,
-    )
 
 
 def _check_block(kernel: Kernel, block: tuple[int, int, int]) -> None:

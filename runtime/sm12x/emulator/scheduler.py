@@ -141,6 +141,14 @@ class Scheduler:
             else:
                 return STUCK if self._grid.running else ENDED
 
+    def disturb(self) -> None:
+        """A clock was read."""
+        self._livelock.disturb()
+
+    def close(self) -> None:
+        """The grid has run, or will not run on."""
+        self._livelock.close()
+
     def watch(self, watcher: Callable[[int], None]) -> None:
         """Have `watcher` called now and then with the number of segments that have run."""
         self._watcher = watcher

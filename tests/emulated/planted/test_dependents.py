@@ -183,6 +183,14 @@ CASES = [
         "", "bar.warp.sync -1;", READS.replace("offset 0", r"offset \d+"), r"ld\.global",
     ),
     Chained(
+        "one lane waits and another loads",
+        (WRITE, f"setp.eq.u32 %p3, %r1, 1;\n@%p1 {GDC}\n<HERE> {LOAD_FRESH}"),
+        "@%p3",
+        "@%p1",
+        READS.replace("offset 0", "offset 4"),
+        r"ld\.global",
+    ),
+    Chained(
         "a flag that is polled",
         (
             f"{TRIGGER}\nmov.b32 %r9, 7;\n@%p1 st.release.gpu.global.b32 [%rd1], %r9;",

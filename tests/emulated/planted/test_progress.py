@@ -134,6 +134,31 @@ def test_how_many_ctas_a_seed_lets_in():
     assert {residents(seed, 9) for seed in (1, 2, 3)} == {1, 2, 9}, "what CI runs"
 
 
+@pytest.mark.parametrize("clock", ["%clock", "%globaltimer_lo"])
+def test_a_poll_with_a_timeout_is_no_livelock(clock):
+    """Also where the register that held the time holds something else at the end of the loop."""
+    text = kernel(f"""
+AGAIN:
+    mov.u32 %r1, {clock};
+    setp.lt.u32 %p1, %r1, 60000;
+    mov.b32 %r1, 0;
+    @%p1 bra AGAIN;
+    """)
+    for seed in range(6):
+        Machine().run(text, 1, 32, seed=seed)
+
+
+def test_long_computations_are_no_livelock():
+    """No barrier moves, no memory changes, and nobody watches memory behind the end of the kernel."""
+    text = kernel("AGAIN:\nadd.u32 %r1, %r1, 1;\nsetp.ne.u32 %p1, %r1, %r2;\n@%p1 bra AGAIN;".replace(
+        "AGAIN:", "mov.b32 %r1, 0;\nmov.b32 %r2, 20000;\nAGAIN:"))  # fmt: skip
+    for seed in range(6):
+        machine = Machine()
+        data = machine.memory.allocate(4)
+        machine.run(text, 1, 96, seed=seed)
+        assert machine.memory.region(data).observers == ()
+
+
 def test_livelock_is_proven_soon():
     """Not by running until some limit: a flag that nobody sets, polled by 8 warps with a branch inside."""
     machine = Machine()

@@ -6,12 +6,14 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..ptx.ir import Instruction
 from ..warp import Split
 
 if TYPE_CHECKING:
     from ..asynchronous import Issuer
-    from ..memory import GlobalMemory
+    from ..memory import Array, GlobalMemory
     from ..warp import Warp
 
 
@@ -44,8 +46,17 @@ def now(memory: GlobalMemory) -> Actor:
     """
     acting = memory.acting
     if isinstance(acting, Split):
-        return Actor(acting.warp, tuple(acting.lanes.tolist()), _executing(acting.warp), None)
+        instruction = _executing(acting.warp)
+        return Actor(acting.warp, tuple(_lanes(acting, instruction).tolist()), instruction, None)
     return Actor(acting.warp, (acting.lane,), acting.instruction, acting)
+
+
+def _lanes(split: Split, instruction: Instruction | None) -> Array:
+    """The lanes of a split that execute an instruction: those that its guard lets."""
+    if instruction is None or instruction.guard is None:
+        return split.lanes
+    flags = split.warp.registers[instruction.guard.index] != instruction.guard_negated
+    return np.flatnonzero(flags & split.mask)
 
 
 def _executing(warp: Warp) -> Instruction | None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import EmulatorError, Violation
-from ..warp import LANES, Split, Wait
+from ..warp import ALL, LANES, NONE, Split, Wait
 from . import actor
 
 if TYPE_CHECKING:
@@ -100,10 +100,11 @@ class Dependency:
 
     def is_after(self, warp: Warp, lanes: Iterable[int]) -> bool:
         """Whether lanes of a warp are all behind the wait. A grid with no predecessor always is."""
-        if self.previous is None:
-            return True
-        behind = self._behind.get(warp)
-        return behind is not None and bool(behind[list(lanes)].all())
+        return bool(self.behind(warp)[list(lanes)].all())
+
+    def behind(self, warp: Warp) -> Array:
+        """Which lanes of a warp are behind the wait: bool (32,)."""
+        return ALL if self.previous is None else self._behind.get(warp, NONE)
 
     def _follow(self, warp: Warp, lanes: Array | None) -> None:
         behind = self._behind.get(warp)
@@ -242,7 +243,12 @@ class Recorder:
         dependency = who.warp.cta.grid.dependency
         if dependency is None or who.instruction is None:
             return
-        issuer = who.issuer
-        early = issuer.early if issuer is not None else not dependency.is_after(who.warp, who.lanes)
-        sides = dependency.early if early else dependency.late
-        getattr(sides, side).note(region, address, size, who.instruction)
+        if who.issuer is not None:
+            behind = np.full(len(address), not who.issuer.early)
+        else:
+            behind = dependency.behind(who.warp)[list(who.lanes)]
+            if len(behind) != len(address):  # lanes that mean several allocations
+                behind = np.full(len(address), behind.all())
+        for sides, chosen in ((dependency.late, behind), (dependency.early, ~behind)):
+            if chosen.any():
+                getattr(sides, side).note(region, address[chosen], size, who.instruction)

@@ -97,6 +97,15 @@ class Livelock:
                 barriers += (named.generation << 20) + named.arrived
         return barriers, grid.scheduler.completed, grid.running, grid.outside, sum(c.alive for c in grid.ctas)
 
+    def disturb(self) -> None:
+        """Something happened that may be different next time: a clock was read."""
+        self._changed = True
+
+    def close(self) -> None:
+        """The grid has run, or will not run on."""
+        if self._snapshots is not None:
+            self._end()
+
     # A trial
 
     def _begin(self) -> None:
