@@ -154,12 +154,17 @@ class _Chain:
             return
         try:
             for before in [each for each in self._active if each < at]:
-                while self._grids[before].scheduler.advance(_TURN) == PAUSED:
+                while (state := self._grids[before].scheduler.advance(_TURN)) == PAUSED:
                     pass
+                if state == ENDED:
+                    self._end(before)
         except EmulatorError:  # what it did before counts; the first error is the one to report
             pass
-        for dependency in self._dependencies[: len(self._grids)]:
+        for number, dependency in enumerate(self._dependencies[: len(self._grids)]):
             try:
-                dependency.check_early()
+                if all(before.ended for before in self._dependencies[:number]):
+                    dependency.check()
+                else:  # which grids before its predecessor may still run is not known
+                    dependency.check_early()
             except EmulatorError as conflict:
                 raise conflict from error

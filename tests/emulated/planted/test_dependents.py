@@ -31,7 +31,15 @@ from sm12x.emulator.errors import EmulatorError
 SEEDS = range(6)
 GDC = "griddepcontrol.wait;"
 TRIGGER = "griddepcontrol.launch_dependents;"
-WRITE = f"{TRIGGER}\nst.global.b32 [%rd7], %r1;"  # fresh
+# Long enough for a secondary to run that begins at the trigger.
+WORK = """
+    mov.b32 %r40, 0;
+WORK:
+    add.u32 %r40, %r40, 1;
+    setp.lt.u32 %p40, %r40, 500;
+    @%p40 bra WORK;
+"""
+WRITE = f"{TRIGGER}\n{WORK}\nst.global.b32 [%rd7], %r1;"  # fresh
 READ = f"{TRIGGER}\nld.global.b32 %r9, [%rd6];"  # data
 NOTHING = f"{TRIGGER}"
 

@@ -108,6 +108,15 @@ CASES = [
         r"cp\.async\.bulk\.tensor",
     ),
     Planted(
+        "acquired before a release of something else",
+        f"{init()}{EDIT}\n<HERE>\n{RELEASE}\n{USE}\n{wait()}",
+        "",
+        ACQUIRE,
+        "tensor map",
+        NOT_ACQUIRED,
+        r"cp\.async\.bulk\.tensor",
+    ),
+    Planted(
         "edited twice and acquired once",
         f"{init()}{EDIT}\n{ACQUIRE}\n{USE}\n{wait(n=1)}\n{EDIT}\n<HERE>\n{SECOND}\n{wait(parity=1, n=2)}",
         "",

@@ -173,15 +173,15 @@ class Dependency:
         return before.unfinished(early=not before.waited)
 
     def check(self) -> None:
-        """Raises EmulatorError where this grid and one that may run at the same time conflict. Both have
-        ended.
+        """Raises EmulatorError where this grid and one that may run at the same time conflict, as far as
+        this one has run. Those before it have ended.
         """
         for early, sides in ((True, self.early), (False, self.late)):
             for other in self.unfinished(early=early):
                 self._compare(sides, other, early)
 
     def check_early(self) -> None:
-        """As `check`, with the grid before only, for grids that an error has stopped."""
+        """As `check`, with the grid before only, as far as that one has run."""
         if self.previous is not None:
             self._compare(self.early, self.previous, True)
 
