@@ -9,14 +9,16 @@ for each lane that takes part.
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import Fault
+
+if TYPE_CHECKING:
+    from .checkers.observer import Observer
 
 Array = npt.NDArray[Any]
 
@@ -39,17 +41,6 @@ OPAQUE = 2  # part of an mbarrier
 
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _POSITIVE = np.int64(0x7FFF_FFFF_FFFF_FFFF)
-
-
-class Observer(Protocol):
-    """Somebody who wants to know of accesses to a region: `size` bytes at each of the addresses (n,), all
-    within the region. They are told before anything has changed; `changes` finds out whether it will. What
-    they raise is the accessing instruction's doing.
-    """
-
-    def read(self, region: Region, address: Array, size: int) -> None: ...
-
-    def write(self, region: Region, address: Array, size: int, changes: Callable[[], bool]) -> None: ...
 
 
 class _View:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from emulated.gemm_case import Case, Problem, variant_of
 from emulated.kernels import Machine, kernel, line_of
 from emulated.planted.planting import (
     BULK_LOAD,
@@ -284,3 +285,28 @@ def test_a_launch_without_the_attribute_waits_for_all_before_it():
         ]
         assert len(launch_chain(links, memory=bench.machine.memory)) == 3
     assert bench.machine.memory.region(bench.data).observers == ()
+
+
+class Overlapped(Machine):
+    """Runs the two kernels of a case as a chain."""
+
+    def __init__(self, programmatic):
+        super().__init__()
+        self.programmatic, self.links = programmatic, []
+
+    def run(self, text, grid, block, params=b"", *, shared=0, seed=0, limit=10_000_000):
+        sizes = grid if isinstance(grid, tuple) else (grid, 1, 1), (block, 1, 1)
+        self.links.append(
+            Link(self.program(text), *sizes, shared, bytes(params), programmatic=self.programmatic, seed=seed)
+        )
+        return launch_chain(self.links, memory=self.memory) if len(self.links) == 2 else None
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_attribute_on_a_shipped_kernel_that_does_not_wait(seed):
+    """Preparation writes the group arrays, which the GEMM reads at once."""
+    variant = variant_of("fp8_ptr_array_128x16x128_swap_bf16")
+    case = Case(Problem((5, 2), 24, 32), variant.out, seed)
+    with pytest.raises(EmulatorError, match=r"dependency: .* before its griddepcontrol.wait, which .*prep"):
+        case.run(variant, 2, seed=seed, machine=Overlapped(True))
+    assert case.check(case.run(variant, 2, seed=seed, machine=Overlapped(False))) <= 1

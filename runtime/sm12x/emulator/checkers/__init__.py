@@ -1,9 +1,9 @@
 """What the emulator watches a kernel for, one module for each rule that takes more than a line.
 
-actor: who executes now, and which PTX line. barriers: phases of mbarriers that waiters miss, initialisation
-that the async proxy may not see. tensor_maps: maps that are edited while or before they are used. livelock:
-proof that nothing changes any more. dependents: accesses of grids that overlap (programmatic dependent
-launch).
+observer, actor: watching memory, and who executes now at which PTX line. barriers: phases of mbarriers that
+waiters miss, initialisation that the async proxy may not see. tensor_maps: maps that are edited while or
+before they are used. livelock: proof that nothing changes any more. dependents: accesses of grids that
+overlap (programmatic dependent launch).
 
 Bounds, alignment and initialised bytes are checked where memory is accessed (memory, spaces), counts and
 transactions of barriers where they change (cta), deadlocks where nothing can run (scheduler).
