@@ -41,7 +41,8 @@ class StandIn:
         def kernel(name):
             (struct,) = {v.params for v in manifest.default().variants.values() if v.symbol == name}
             layout = SimpleNamespace(parameter_bytes=ctypes.sizeof(abi.STRUCTS[struct]), static_shared=0)
-            return SimpleNamespace(name=name, struct=abi.STRUCTS[struct], layout=layout)
+            ir = SimpleNamespace(instructions=())
+            return SimpleNamespace(name=name, struct=abi.STRUCTS[struct], layout=layout, kernel=ir)
 
         return SimpleNamespace(ir=SimpleNamespace(kernels=dict.fromkeys(names)), kernel=kernel)
 

@@ -68,40 +68,6 @@ def test_misaligned_accesses_in_every_space():
     )
 
 
-def test_shared_bounds_and_unwritten_bytes():
-    fails(
-        "st.shared.b32 [box+64], %r1;",
-        "bounds",
-        "shared memory has 64 bytes",
-        pattern="st.shared",
-        shared=SHARED,
-    )
-    fails(
-        "mov.b32 %r2, 0;\nld.shared.b32 %r3, [%r2];",
-        "bounds",
-        "before its beginning",
-        pattern="ld.sh",
-        shared=SHARED,
-    )
-    fails(
-        "st.shared.b16 [box], %h1;\nld.shared.b32 %r3, [box];",
-        "uninitialised",
-        r"offset 2\) was never written",
-        pattern="ld.shared",
-        shared=SHARED,
-    )
-
-
-def test_global_bytes_that_nobody_wrote():
-    fails(
-        "st.global.b32 [%rd1], %r1;\nld.global.b64 %rd4, [%rd1];",
-        "uninitialised",
-        "offset 4",
-        pattern="ld.global.b64",
-        setup=lambda m: m.memory.allocate(64, "the buffer"),
-    )
-
-
 def test_local_memory_is_the_threads_own():
     code = """
     .local .align 8 .b8 stack[16];

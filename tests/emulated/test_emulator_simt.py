@@ -114,13 +114,6 @@ END:
     assert set(active.tolist()) == {0xFFFFFFFF}
 
 
-def test_a_branch_marked_uniform_that_is_not_is_reported():
-    text = kernel("mov.u32 %r1, %tid.x;\nsetp.lt.u32 %p1, %r1, 5;\n@%p1 bra.uni A;\nmov.b32 %r2, 1;\nA:")
-    with pytest.raises(EmulatorError, match="divergence.*lanes disagree.*uni") as caught:
-        Machine().run(text, 1, 32)
-    assert caught.value.line == line_of(text, r"bra\.uni")
-
-
 def shuffled(mode, values, b, c):
     """PTX ISA, shfl.sync, for one warp."""
     out, valid = [], []
@@ -235,23 +228,6 @@ A:
     other = f"warp 1 (32 lanes) waits for barrier 1 (34 of 64 threads are there) at PTX line {first}"
     for expected in (waits, parked, other):
         assert any(expected in line for line in report), expected
-
-
-def test_lanes_that_never_come_to_an_aligned_instruction_are_reported():
-    code = """
-    mov.u32 %r1, %tid.x;
-    setp.lt.u32 %p1, %r1, 8;
-    @%p1 bra A;
-    bar.sync 0;
-    bra B;
-A:
-    bar.sync 0;
-B:
-"""
-    text = kernel(code)
-    with pytest.raises(EmulatorError, match="the 8 other lanes of its warp, as it is .aligned") as caught:
-        Machine().run(text, 1, 32)
-    assert caught.value.violation.kind == "divergence"
 
 
 def test_a_guard_that_leaves_lanes_out_of_an_aligned_instruction_is_reported():

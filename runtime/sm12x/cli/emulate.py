@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sms", type=_positive, help="SMs that it has, for speed (default: all)")
     parser.add_argument(
-        "--resident", type=_positive, help="CTAs that are let in at a time (default: all of a grid)"
+        "--resident", type=_positive, help="CTAs that are let in at a time (default: as the seed says)"
     )
     parser.add_argument(
         "--truncate-bits",

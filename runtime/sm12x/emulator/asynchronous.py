@@ -15,13 +15,18 @@ from .ptx.ir import Instruction
 from .warp import Split, Warp
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Issuer:
     """Which thread issued an operation, for reports."""
 
     instruction: Instruction
     warp: Warp
     lane: int
+    early: bool = field(init=False)  # before the thread's griddepcontrol.wait
+
+    def __post_init__(self) -> None:
+        dependency = self.warp.cta.grid.dependency
+        self.early = dependency is not None and not dependency.is_after(self.warp, (self.lane,))
 
     @property
     def cta(self) -> Cta:
@@ -39,21 +44,22 @@ class Issuer:
 class Operation:
     """One operation: `steps` happen one after the other, with anything in between."""
 
-    __slots__ = ("_issuer", "_steps")
+    __slots__ = ("_steps", "issuer")
 
     def __init__(self, issuer: Issuer, *steps: Callable[[], None]) -> None:
-        self._issuer = issuer
+        self.issuer = issuer
         self._steps = list(steps)
 
     def step(self) -> bool:
         """Take the next step; whether more are left. Raises EmulatorError where it breaks a rule."""
         step = self._steps.pop(0)
+        self.issuer.cta.grid.memory.acting = self.issuer
         try:
             step()
         except Fault as fault:
-            raise self._issuer.error(fault) from fault
+            raise self.issuer.error(fault) from fault
         except ValueError as error:  # a tensor map that is none, coordinates that do not fit it
-            raise self._issuer.error(Fault("tensor map", str(error))) from error
+            raise self.issuer.error(Fault("tensor map", str(error))) from error
         return bool(self._steps)
 
 

@@ -54,6 +54,7 @@ class Program:
         self.layout = layout
         self.constants = constants  # the module's .const space
         self.truncate_bits = truncate_bits
+        self.uses_tensor_maps = any("tensor" in each.opcode for each in kernel.instructions)
         self.register_kinds = [container(register.type) for register in kernel.registers]
         self.entries: list[Entry | None] = [
             None if cfg.ends_block(instruction) else lookup(instruction)
@@ -201,7 +202,11 @@ class Program:
         choose = partial(_indexed, self._targets[instruction.index], self._meets[segment])
         emitter.line(f"return {emitter.bind(choose)}(s, {emitter.value(instruction.operands[0], 'u32').u})")
 
-    # Errors
+    def instruction_of(self, code: CodeType, line: int) -> Instruction | None:
+        """The instruction that a line of a segment's function comes from; None for other functions."""
+        owners = self._owners.get(code)
+        at = owners[min(max(line - 2, 0), len(owners) - 1)] if owners is not None else -1
+        return self.kernel.instructions[at] if at >= 0 else None
 
     def executing(self, frame: FrameType | None) -> int:
         """The index of the instruction that runs, seen from a frame that it called; -1 where none does."""
@@ -212,15 +217,14 @@ class Program:
             frame = frame.f_back
         return -1
 
+    # Errors
+
     def blame(self, error: BaseException, split: Split) -> EmulatorError:
         """The EmulatorError for what a segment's function raised, with the instruction that did it."""
         instruction = None
         trace = error.__traceback__
         while trace is not None:
-            owners = self._owners.get(trace.tb_frame.f_code)
-            if owners is not None:
-                at = owners[min(max(trace.tb_lineno - 2, 0), len(owners) - 1)]
-                instruction = self.kernel.instructions[at] if at >= 0 else None
+            instruction = self.instruction_of(trace.tb_frame.f_code, trace.tb_lineno) or instruction
             trace = trace.tb_next
         if isinstance(error, EmulatorError) and (error.line is not None or error.violation is not None):
             return error

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .checkers import barriers as barrier_checks
+from .checkers.actor import line, now
 from .checkers.races import Races
 from .errors import Fault
 from .memory import OPAQUE, SHARED_BASE, UNWRITTEN, Array, Region
@@ -13,6 +15,7 @@ from .warp import LANE_BITS, LANES, Split, Warp
 
 if TYPE_CHECKING:
     from .grid import Grid
+    from .ptx.ir import Instruction
 
 NAMED_BARRIERS = 16
 _TX_LIMIT = (1 << 20) - 1
@@ -39,7 +42,10 @@ class Mbarrier:
     (see checkers.clocks).
     """
 
-    __slots__ = ("address", "clock", "expected", "pending", "phase", "queue", "released", "tx")
+    __slots__ = (
+        *("address", "clock", "expected", "pending", "phase", "polls", "queue", "released", "seen", "tx"),
+        *("tx_by", "woken"),
+    )
 
     def __init__(self, address: int, count: int) -> None:
         self.address, self.expected, self.pending = address, count, count
@@ -48,10 +54,20 @@ class Mbarrier:
         self.queue: list[Split] = []
         self.clock: Array | None = None
         self.released: Array | None = None
+        self.woken: list[Split] = []  # those that the end of the last phase woke
+        self.seen: dict[tuple[int, int], int] = {}  # phases whose end threads saw last, by warp and lane
+        self.tx_by: Instruction | None = None  # that last changed tx
+        self.polls: dict[
+            tuple[int, int], int
+        ] = {}  # the phase that threads found unfinished, by warp and lane
 
     def __str__(self) -> str:
         left = f"{self.expected - self.pending} of {self.expected} arrivals"
-        tx = f", {self.tx} transaction bytes to come" if self.tx else ""
+        if self.pending:
+            left += f", {self.pending} missing"
+        tx = f", {self.tx} transaction bytes to come" if self.tx > 0 else ""
+        if self.tx < 0:
+            tx = f", {-self.tx} transaction bytes more than were expected"
         return f"the mbarrier at shared {self.address:#x} in phase {self.phase} ({left}{tx})"
 
 
@@ -67,6 +83,7 @@ class Cta:
         self.barriers = [NamedBarrier() for _ in range(NAMED_BARRIERS)]
         self.cluster_barrier = NamedBarrier()
         self.mbarriers: dict[int, Mbarrier] = {}
+        self.unfenced: dict[int, Warp] = {}  # warps that initialised mbarriers, by address: see checkers
         self.map_cache: dict[int, bytes] = {}  # tensor maps as this CTA last saw them
         self.visits = [] if grid.counts is None else grid.counts.visits()  # by segment
         self.in_flight = 0  # asynchronous operations that still touch the shared memory
@@ -135,12 +152,10 @@ class Cta:
 
     def _ended(self) -> None:
         if self.in_flight:
-            raise Fault(
-                "exit", f"the CTA ends while {self.in_flight} asynchronous copies still use its shared memory"
-            )
+            raise barrier_checks.ends_under_copies(self)
         for barrier in self.mbarriers.values():
             if barrier.tx:
-                raise Fault("exit", f"the CTA ends with {barrier}")
+                raise Fault("exit", f"the CTA ends with {barrier}; last changed at {line(barrier.tx_by)}")
         self.grid.cta_ended(self)
 
     def release(self) -> None:
@@ -185,7 +200,7 @@ class Cta:
             raise Fault("barrier", f"no mbarrier has been initialised at shared {address:#x}")
         return found
 
-    def mbarrier_init(self, address: int, count: int) -> None:
+    def mbarrier_init(self, address: int, count: int, warp: Warp) -> None:
         if address % 8:
             raise Fault("alignment", f"an mbarrier at shared {address:#x}, which is no multiple of 8")
         if not 1 <= count <= _COUNT_LIMIT:
@@ -195,6 +210,7 @@ class Cta:
         if previous is not None:
             raise Fault("barrier", f"mbarrier.init of {previous}, which is valid and was not invalidated")
         self.mbarriers[address] = Mbarrier(address, count)
+        self.unfenced[address] = warp
         self.shared.shadow[span] = OPAQUE
         self.shared.has_opaque = True
 
@@ -203,6 +219,7 @@ class Cta:
         if barrier.queue:
             raise Fault("barrier", f"mbarrier.inval of {barrier} while threads wait for it")
         del self.mbarriers[address]
+        self.unfenced.pop(address, None)
         self.shared.shadow[self.shared.span(address, 8, "mbarrier.inval")] = UNWRITTEN
 
     def mbarrier_arrive(self, barrier: Mbarrier, count: int) -> None:
@@ -220,8 +237,8 @@ class Cta:
         self._check_tx(barrier)
         self._phase_end(barrier)
 
-    @staticmethod
-    def _check_tx(barrier: Mbarrier) -> None:
+    def _check_tx(self, barrier: Mbarrier) -> None:
+        barrier.tx_by = now(self.grid.memory).instruction
         if not -_TX_LIMIT <= barrier.tx <= _TX_LIMIT:
             raise Fault(
                 "barrier", f"{barrier.tx} pending transaction bytes at {barrier}: at most 2^20-1 are allowed"
@@ -229,10 +246,11 @@ class Cta:
 
     def _phase_end(self, barrier: Mbarrier) -> None:
         if barrier.pending == 0 and barrier.tx == 0:
+            barrier_checks.phase_ends(barrier)
             barrier.released = barrier.clock
             barrier.phase += 1
             barrier.pending = barrier.expected
-            self.grid.scheduler.wake(barrier.queue)
+            self.grid.scheduler.wake(barrier.queue, late=True)
 
 
 def _each(value: int) -> Array:

@@ -5,8 +5,9 @@ of libcuda that sm12x uses, with their arguments and statuses. Set-up, validatio
 structs are therefore the runtime's own. A cubin is known by its hash, and the PTX that it was assembled from
 runs.
 
-Everything is done when a function returns, so that streams and events have nothing to order. What a kernel
-does wrong is raised out of its launch, as an EmulatorError that says what and where.
+Everything is done when a function returns, so that streams and events have nothing to order, but for launches
+that the next one may overlap: see `launches`. What a kernel does wrong is raised out of its launch, or out of
+the call that makes a held launch run, as an EmulatorError that says what and where.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 
 from .. import driver as runtime
 from .. import manifest
-from . import devices, session, shipped, tensor_map
+from . import devices, launches, session, shipped, tensor_map
+from .chain import Link
 from .collector import Collector
 from .compiler import Program
 from .errors import Fault
@@ -93,6 +95,7 @@ class Emulator:
     def __init__(self) -> None:
         self.memory = GlobalMemory()
         self.lock = threading.RLock()
+        self.queue = launches.Queue(self.memory)
         self._devices: list[tuple[devices.Gpu, int, int | None]] = []
         self._current = threading.local()
         self._handles = count(_HANDLES, 0x100)
@@ -233,6 +236,7 @@ class Emulator:
 
     def cuMemFree(self, address: int) -> tuple[int]:
         with self.lock:
+            self.queue.finish()
             try:
                 self.memory.free(int(address))
             except ValueError:
@@ -258,6 +262,7 @@ class Emulator:
         if not self._is_stream(stream):
             return (INVALID_HANDLE,)
         with self.lock:
+            self.queue.finish()
             try:
                 copy()
             except Fault:  # not in an allocation
@@ -272,7 +277,11 @@ class Emulator:
         return OK, self._new(_Stream(flags))
 
     def cuStreamSynchronize(self, stream: Any) -> tuple[int]:
-        return (OK,) if self._is_stream(stream) else (INVALID_HANDLE,)
+        if not self._is_stream(stream):
+            return (INVALID_HANDLE,)
+        with self.lock:
+            self.queue.finish()
+        return (OK,)
 
     def cuStreamIsCapturing(self, stream: Any) -> tuple[int, int]:
         return (OK, 0) if self._is_stream(stream) else (INVALID_HANDLE, 0)
@@ -293,23 +302,66 @@ class Emulator:
         arguments: Any,
         extra: Any,
     ) -> int:
-        """cuLaunchKernel of a kernel with one parameter, run to its end. Raises EmulatorError."""
+        """cuLaunchKernel of a kernel with one parameter, run to its end unless it is held. Raises
+        EmulatorError.
+        """
+        grid = _integer(gx), _integer(gy), _integer(gz)
+        block = _integer(bx), _integer(by), _integer(bz)
+        return self._launch(function, grid, block, _integer(shared), stream, arguments, extra, None)
+
+    def launch_kernel_ex(self, config: Any, function: ctypes.c_void_p, arguments: Any, extra: Any) -> int:
+        """cuLaunchKernelEx, as `launch_kernel`; always held."""
+        try:
+            given = launches.read_config(config)
+        except ValueError:
+            return INVALID_VALUE
+        attributes = launches.read_attributes(given)
+        if attributes is None:
+            return NOT_SUPPORTED
+        grid, block = (given.gx, given.gy, given.gz), (given.bx, given.by, given.bz)
+        return self._launch(function, grid, block, given.shared, given.stream, arguments, extra, attributes)
+
+    def _launch(
+        self,
+        function: ctypes.c_void_p,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        dynamic: int,
+        stream: Any,
+        arguments: Any,
+        extra: Any,
+        attributes: launches.Attributes | None,
+    ) -> int:
+        """A launch; without `attributes` by cuLaunchKernel."""
         found: _Function | None = self._find(function, _Function)
         if found is None or not self._is_stream(stream):
             return INVALID_HANDLE
         gpu = self._gpu()
         if gpu is None:
             return INVALID_CONTEXT
-        grid = _integer(gx), _integer(gy), _integer(gz)
-        block = _integer(bx), _integer(by), _integer(bz)
-        threads, dynamic = block[0] * block[1] * block[2], _integer(shared)
+        threads = block[0] * block[1] * block[2]
         if min(*grid, *block) < 1 or threads > 1024 or dynamic > found.dynamic_shared or extra is not None:
             return INVALID_VALUE
         params = ctypes.string_at(arguments[0], found.program.layout.parameter_bytes)
         library, running, options = found.library, session.active(), session.options()
         watched = None if running is None else running.progress
         counts = Collector(running.touched) if running is not None and options.counters else None
+        asked = attributes or launches.Attributes()
         with self.lock:
+            if not self.queue.continues(_integer(stream), asked):
+                self.queue.finish()
+            if attributes is not None or launches.triggers(found.program):
+                link = Link(
+                    *(found.program, grid, block, dynamic, params, asked.programmatic, asked.cooperative),
+                    *(options.resident, options.seed, options.races, counts),
+                    launches.progress_of(running, library.variant),
+                )
+                self.queue.held.append(
+                    launches.Held(
+                        link, _integer(stream), library.variant, found.symbol, library.arch, running
+                    )
+                )
+                return OK
             start = time.perf_counter()
             try:
                 result = launch(
@@ -380,6 +432,7 @@ def get_driver() -> runtime.Driver:
     bindings = SimpleNamespace(**functions, **enumerations, CUcontext=int, CUstream=int, CUresult=_status)
     hot = SimpleNamespace(
         cuLaunchKernel=made.launch_kernel,
+        cuLaunchKernelEx=made.launch_kernel_ex,
         cuCtxGetCurrent=made.get_current,
         cuCtxSetCurrent=lambda context: made.cuCtxSetCurrent(context)[0],
         cuTensorMapEncodeTiled=made.encode_tiled,
@@ -391,6 +444,18 @@ def get_driver() -> runtime.Driver:
 def lock() -> threading.RLock:
     """Held by whoever uses the emulated driver or its memory."""
     return _emulator.lock
+
+
+def finish() -> None:
+    """Run the launches that are held back. Raises EmulatorError."""
+    with _emulator.lock:
+        _emulator.queue.finish()
+
+
+def abandon() -> None:
+    """Forget the launches that are held back: whoever made them has failed."""
+    with _emulator.lock:
+        _emulator.queue.held.clear()
 
 
 def memory() -> GlobalMemory:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .checkers.tensor_maps import MapWatch
 from .cta import Cta
 from .memory import GlobalMemory, Region
 from .scheduler import Scheduler
 from .warp import Split
 
 if TYPE_CHECKING:
+    from .checkers.dependents import Dependency
     from .collector import Collector
     from .compiler import Program
 
@@ -34,9 +36,10 @@ class Grid:
         seed: int,
         limit: int,
         number: int,
-        resident: int | None = None,
+        resident: int,
         races: bool = True,
         counts: Collector | None = None,
+        dependency: Dependency | None = None,
     ) -> None:
         self.races = races  # whether accesses of shared memory that nothing orders are looked for
         self.program, self.memory, self.size, self.block = program, memory, size, block
@@ -45,14 +48,24 @@ class Grid:
         self.parameters.data[: len(parameters)] = np.frombuffer(parameters, np.uint8)
         self.parameters.shadow[:] = 0
         self.constants: Region = program.constants
+        self.dependency = dependency  # on the grids before it, where they may overlap
+        self.map_watch = MapWatch(self) if program.uses_tensor_maps else None
         self.scheduler = Scheduler(self, seed, limit)
         x, y, z = size
         self._waiting = ((i, j, k) for k in range(z) for j in range(y) for i in range(x))
         self.outside = x * y * z  # CTAs that have not been let in
         self.running = 0
         self.ctas: list[Cta] = []
-        for _ in range(min(resident or self.outside, self.outside)):
+        for _ in range(min(resident, self.outside)):
             self._admit()
+        if self.map_watch is not None:
+            memory.observe(self.map_watch)
+
+    def close(self) -> None:
+        """The grid has run, or will not run on."""
+        self.scheduler.close()
+        if self.map_watch is not None:
+            self.memory.forget(self.map_watch)
 
     def _admit(self) -> None:
         """Let in the next CTA."""
@@ -70,8 +83,14 @@ class Grid:
             self.counts.cta_ended(cta.visits)  # the segment that ends a CTA has no instructions
         cta.release()
         self.running -= 1
+        if self.dependency is not None:
+            self.dependency.cta_ended(cta)
         if self.outside:
             self._admit()
+
+    def has_company(self) -> bool:
+        """Whether another grid may run at the same time."""
+        return self.dependency is not None and self.dependency.has_company()
 
     def splits(self) -> Iterator[Split]:
         """Every split that runs or waits."""

@@ -127,6 +127,8 @@ class Mirror:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            driver.abandon()
         for region in self._regions:
             driver.memory().free(region.base)
         self._regions.clear()
@@ -157,7 +159,10 @@ class Mirror:
             self._regions.append(_Region(group))
 
     def collect(self) -> None:
-        """Bring outputs back. Raises EmulatorError, and brings none, where kernels wrote anything else."""
+        """Bring outputs back. Raises EmulatorError, and brings none, where kernels wrote anything else, or
+        one that was held back fails.
+        """
+        driver.finish()
         for region in self._regions:
             region.check()
         for region in self._regions:

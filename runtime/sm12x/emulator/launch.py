@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .checkers.dependents import Dependency
 from .collector import Collector
 from .compiler import Program
 from .counters import Counters
@@ -131,6 +132,7 @@ def launch(
     seed: int = 0,
     segment_limit: int = SEGMENT_LIMIT,
     resident: int | None = None,
+    cooperative: bool = False,
     races: bool = True,
     progress: Callable[[int], None] | None = None,
     counts: Collector | None = None,
@@ -138,13 +140,100 @@ def launch(
     """Run a kernel to its end.
 
     `parameters` are the bytes of the kernel's parameters, in PTX's layout; at least as many as it declares.
-    `seed` chooses how warps interleave and when asynchronous operations complete. `races`: whether accesses
-    of shared memory that nothing orders are a violation, however they went (checkers.races). `progress` is
-    called now and then with the segments that have run. `counts`, a new Collector, has the result come with
-    counters.
+    `seed` chooses how warps interleave, when asynchronous operations complete, and how many CTAs are there
+    at a time unless `resident` says so or the launch is `cooperative`: then all are. `races`: whether
+    accesses of shared memory that nothing orders are a violation, however they went (checkers.races).
+    `progress` is called now and then with the segments that have run. `counts`, a new Collector, has the
+    result come with counters.
 
     Raises ValueError for a launch that CUDA would refuse, and EmulatorError where the kernel breaks a rule.
     """
+    state = prepare(
+        program,
+        grid,
+        block,
+        shared_bytes,
+        parameters,
+        memory=memory,
+        seed=seed,
+        segment_limit=segment_limit,
+        resident=resident,
+        cooperative=cooperative,
+        races=races,
+        counts=counts,
+    )
+    try:
+        with np.errstate(all="ignore"):
+            if progress is not None:
+                state.scheduler.watch(progress)
+            state.scheduler.run()
+    finally:
+        state.close()
+    return result_of(state)
+
+
+def result_of(state: Grid) -> LaunchResult:
+    """What a grid that has run did."""
+    counted = None if state.counts is None else state.counts.result()
+    return LaunchResult(state.scheduler.steps, state.scheduler.completed, counted)
+
+
+def residents(seed: int, count: int) -> int:
+    """How many of a grid's `count` CTAs a seed lets in at a time: all (seeds 0 and 2 modulo 5), one (1), two
+    (3) or half of them (4).
+
+    CUDA guarantees that the CTAs of a grid are there together only for a cooperative launch, however few they
+    are: a kernel in which one waits for another that has not begun fails under some seeds.
+    """
+    return (count, 1, count, min(2, count), -(-count // 2))[seed % 5]
+
+
+def prepare(
+    program: Program,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    shared_bytes: int,
+    parameters: bytes,
+    *,
+    memory: GlobalMemory,
+    seed: int,
+    segment_limit: int = SEGMENT_LIMIT,
+    resident: int | None = None,
+    cooperative: bool = False,
+    races: bool = True,
+    counts: Collector | None = None,
+    dependency: Dependency | None = None,
+) -> Grid:
+    """A grid ready to run, to be closed behind its end. Arguments and ValueErrors as of `launch`."""
+    check(program, grid, block, shared_bytes, parameters)
+    count = grid[0] * grid[1] * grid[2]
+    if counts is not None:
+        counts.begin(program, memory)
+    return Grid(
+        program,
+        memory,
+        grid,
+        block,
+        shared_bytes,
+        parameters[: program.layout.parameter_bytes],
+        seed=seed,
+        limit=segment_limit,
+        number=next(_numbers),
+        resident=count if cooperative else resident or residents(seed, count),
+        races=races,
+        counts=counts,
+        dependency=dependency,
+    )
+
+
+def check(
+    program: Program,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    shared_bytes: int,
+    parameters: bytes,
+) -> None:
+    """Raises ValueError for a launch that CUDA would refuse."""
     kernel = program.kernel
     for name, sizes in (("grid", grid), ("block", block)):
         if len(sizes) != 3 or min(sizes) < 1:
@@ -160,28 +249,6 @@ def launch(
             f"parameters: expected {program.layout.parameter_bytes} bytes for {kernel.name}, "
             f"got {len(parameters)}"
         )
-    if counts is not None:
-        counts.begin(program, memory)
-    state = Grid(
-        program,
-        memory,
-        grid,
-        block,
-        shared_bytes,
-        parameters[: program.layout.parameter_bytes],
-        seed=seed,
-        limit=segment_limit,
-        number=next(_numbers),
-        resident=resident,
-        races=races,
-        counts=counts,
-    )
-    with np.errstate(all="ignore"):
-        if progress is not None:
-            state.scheduler.watch(progress)
-        state.scheduler.run()
-    counted = None if counts is None else counts.result()
-    return LaunchResult(state.scheduler.steps, state.scheduler.completed, counted)
 
 
 def _check_block(kernel: Kernel, block: tuple[int, int, int]) -> None:

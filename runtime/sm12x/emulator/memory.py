@@ -9,12 +9,16 @@ for each lane that takes part.
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import Fault
+
+if TYPE_CHECKING:
+    from .checkers.observer import Observer
 
 Array = npt.NDArray[Any]
 
@@ -65,7 +69,10 @@ class Region:
     `data` and `shadow` are uint8 arrays of `size` bytes; `label` names the region in messages.
     """
 
-    __slots__ = ("_base", "_views", "base", "data", "has_opaque", "label", "read_only", "shadow", "size")
+    __slots__ = (
+        *("_base", "_views", "base", "data", "has_opaque", "label", "observers", "read_only", "shadow"),
+        "size",
+    )
 
     def __init__(self, base: int, size: int, label: str, *, read_only: bool = False) -> None:
         self.base, self.size, self.label, self.read_only = base, size, label, read_only
@@ -74,6 +81,7 @@ class Region:
         self.data: Array = np.zeros(padded, np.uint8)[:size]
         self.shadow: Array = np.full(padded, UNWRITTEN, np.uint8)[:size]
         self.has_opaque = False
+        self.observers: tuple[Observer, ...] = ()
         self._views: dict[tuple[int, int], _View] = {}
         self._base: dict[Any, Any] = {np.dtype(np.uint64): np.uint64(base)}
         if base < 1 << 32:
@@ -109,6 +117,8 @@ class Region:
             found: Array = view.data[index]
         except IndexError:
             raise self._outside("read", address, width * count) from None
+        for observer in self.observers:
+            observer.read(self, address, width * count)
         if unwritten:
             raise self._unwritten(address, width * count)
         return found if count == 1 else np.ascontiguousarray(found.T)
@@ -126,7 +136,10 @@ class Region:
         try:
             if self.has_opaque and np.count_nonzero(view.shadow[index] & view.opaque):
                 raise self._overwrites(address, width * count)
-            view.data[index] = value if count == 1 else value.T
+            items = value if count == 1 else value.T
+            if self.observers:
+                self._observed(view, index, address, width * count, items)
+            view.data[index] = items
         except IndexError:
             raise self._outside("write", address, width * count) from None
         view.shadow[index] = 0
@@ -165,6 +178,8 @@ class Region:
             found: Array = view.data[index]
         except IndexError:
             raise self._outside("read", address.astype(np.uint64), unit) from None
+        for observer in self.observers:
+            observer.read(self, address, unit)
         if unwritten:
             raise self._unwritten(address.astype(np.uint64), unit)
         return found
@@ -180,6 +195,8 @@ class Region:
         try:
             if self.has_opaque and np.count_nonzero(view.shadow[index] & view.opaque):
                 raise self._overwrites(address.astype(np.uint64), unit)
+            if self.observers:
+                self._observed(view, index, address, unit, value)
             view.data[index] = value
         except IndexError:
             raise self._outside("write", address.astype(np.uint64), unit) from None
@@ -193,6 +210,27 @@ class Region:
         if start < 0 or start + size > self.size:
             raise self._outside(what, np.array([address], np.uint64), size)
         return slice(start, start + size)
+
+    # Observers
+
+    def _observed(self, view: _View, index: Array, address: Array, size: int, value: Array) -> None:
+        """Tell observers of a write that is to come. Raises IndexError where it is outside of the region."""
+        old = view.data[index]
+        for observer in self.observers:
+            observer.write(self, address, size, partial(_differ, old, value))
+
+    def tell(self, address: int, size: int, content: Array | None) -> None:
+        """Tell observers that `size` bytes from `address` on, of this region, are read by some other way than
+        the functions above, or that their `content` (uint8) is to be written.
+        """
+        for observer in self.observers:
+            at = np.arange(address, address + size)
+            if content is None:
+                observer.read(self, at, 1)
+            else:
+                start = address - self.base
+                old = self.data[start : start + size]
+                observer.write(self, at, 1, partial(_differ, old, content))
 
     # Reasons, found again lane by lane once something is wrong.
 
@@ -259,6 +297,8 @@ class GlobalMemory:
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
         self.used = 0
+        self.acting: Any = None  # the Split or the Issuer of an operation that runs now: for observers
+        self._observers: tuple[Observer, ...] = ()
         self._next = GLOBAL_BASE
         self._bases: list[int] = []
         self._regions: dict[int, Region] = {}
@@ -278,6 +318,7 @@ class GlobalMemory:
         base = self._next
         self._next = -(-(base + size + _GUARD) // 256) * 256
         self._regions[base] = Region(base, size, label or f"the allocation at {base:#x}")
+        self._regions[base].observers = self._observers
         insort(self._bases, base)
         self.used += size
         return base
@@ -290,6 +331,23 @@ class GlobalMemory:
         self._bases.remove(address)
         self._freed.append((region.base, region.size, region.label))
         self.used -= region.size
+
+    def __contains__(self, address: int) -> bool:
+        """Whether an address is one of global memory, allocated or not: no other window has it."""
+        return not SHARED_WINDOW <= address < CONST_WINDOW + WINDOW_BYTES
+
+    def observe(self, observer: Observer) -> None:
+        """Have `observer` told of accesses by kernels to all of global memory."""
+        self._set_observers((*self._observers, observer))
+
+    def forget(self, observer: Observer) -> None:
+        """The end of `observe`, if it was called."""
+        self._set_observers(tuple(each for each in self._observers if each is not observer))
+
+    def _set_observers(self, observers: tuple[Observer, ...]) -> None:
+        self._observers = observers
+        for region in self._regions.values():
+            region.observers = observers
 
     def region(self, address: int, what: str = "access") -> Region:
         """The allocation that holds the byte at `address`. Raises Fault where there is none."""
@@ -385,6 +443,10 @@ class GlobalMemory:
         region, span = self._host(address, size, "access")
         flags: Array = region.shadow[span] != UNWRITTEN
         return flags
+
+
+def _differ(old: Array, new: Array) -> bool:
+    return not np.array_equal(old, new)
 
 
 def _bytes_of(array: Array) -> Array:

@@ -1,7 +1,8 @@
 """Which warp runs next, and when asynchronous operations complete: both chosen by a seed.
 
 Splits run in bursts of segments in random order. Asynchronous operations complete as late as possible: when
-nothing else can run, or when what runs seems only to poll; some seeds let a few complete early.
+nothing else can run, or when what runs seems only to poll; some seeds let a few complete early. In some seeds
+threads that the end of an mbarrier's phase wakes go on as late as that, too.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from .checkers import barriers as checks
+from .checkers.livelock import Livelock
 from .errors import EmulatorError, Violation
 from .warp import Split, Wait, arrive
 
 if TYPE_CHECKING:
+    from .asynchronous import Issuer
+    from .cta import Cta
     from .grid import Grid
 
 # Segments run while asynchronous operations are pending, for each split that is ready, before one completes
@@ -21,10 +26,14 @@ if TYPE_CHECKING:
 _PATIENCE = 400
 # Segments between two calls of whoever watches.
 _WATCHED = 1000
+# How a run of a scheduler ended: the grid has, nothing can run, or enough has run.
+ENDED, STUCK, PAUSED = "ended", "stuck", "paused"
 
 
 class Operation(Protocol):
     """Something asynchronous. `step` does a part of it and says whether more is left."""
+
+    issuer: Issuer
 
     def step(self) -> bool: ...
 
@@ -45,17 +54,20 @@ class Scheduler:
         self.steps = 0
         self.completed = 0  # asynchronous operations
         self.limit = limit
-        self._pause = limit  # segments after which `run` looks up
+        self._pause = min(limit, _WATCHED)  # segments after which `run` looks up
         self._watcher: Callable[[int], None] | None = None
         self._grid = grid
         self._ready: list[Split] = []
         self._operations: list[Operation] = []
+        self._late: list[Split] = []  # woken, to go on when nothing else can
+        self._livelock = Livelock(grid)
         self._restless = 0
         # What differs from seed to seed: how long a split runs before another gets its turn, which of the
         # pending operations completes, and how many do early. Any few seeds in a row cover them.
         self._burst = (32, 1, 256, 4)[seed % 4]
         self._choose: Callable[[int], int] = (_newest, _oldest, self.random.randrange)[seed % 3]
         self._eager = (0.0, 0.0, 0.02, 0.2)[seed // 3 % 4]
+        self._sleepy = seed // 2 % 2 == 1
 
     def add(self, split: Split) -> None:
         """A split can run."""
@@ -69,16 +81,25 @@ class Scheduler:
             last.position = split.position
         split.position = -1
 
-    def wake(self, queue: list[Split]) -> None:
-        """What the splits in `queue` wait for may have come: they run their instruction again."""
+    def wake(self, queue: list[Split], *, late: bool = False) -> None:
+        """What the splits in `queue` wait for may have come: they run their instruction again; `late` allows
+        that to be when nothing else can run.
+        """
         for split in queue:
             split.wait = None
-            self.add(split)
+            if late and self._sleepy:
+                self._late.append(split)
+            else:
+                self.add(split)
         queue.clear()
 
     def chance(self, of: int) -> bool:
         """True once in so many times, on average."""
         return self.random.randrange(of) == 0
+
+    def pending(self, cta: Cta) -> list[Issuer]:
+        """Who issued the operations of a CTA that have not completed."""
+        return [each.issuer for each in self._operations if each.issuer.cta is cta]
 
     def submit(self, operation: Operation) -> None:
         """An asynchronous operation has been issued."""
@@ -90,25 +111,43 @@ class Scheduler:
         Raises EmulatorError where a kernel breaks a rule, or nothing can run any more (deadlock), or too much
         ran.
         """
+        if self.advance() == STUCK:
+            raise self.deadlock()
+
+    def deadlock(self) -> EmulatorError:
+        """The error of a grid that is stuck."""
+        return self._stuck("deadlock", "no warp can run and nothing is pending")
+
+    def advance(self, segments: int | None = None) -> str:
+        """As `run`, for about so many segments: whether the grid has ENDED, is STUCK or has PAUSED."""
         ready, randrange = self._ready, self.random.randrange
+        until = None if segments is None else self.steps + segments
         while True:
             while ready:
                 split = ready[randrange(len(ready))]
                 self._burst_of(split)
-                if self._operations:
+                if self._operations or self._late:
                     self._restless += 1
                     if self._restless * self._burst > _PATIENCE * (len(ready) + 1) or (
                         self._eager and self.random.random() < self._eager
                     ):
-                        self._complete_one()
+                        self._go_on()
                 if self.steps > self._pause:
                     self._look_up()
-            if self._operations:
-                self._complete_one()
-            elif self._grid.running:
-                raise self._stuck("deadlock", "no warp can run and nothing is pending")
+                if until is not None and self.steps > until:
+                    return PAUSED
+            if self._operations or self._late:
+                self._go_on()
             else:
-                return
+                return STUCK if self._grid.running else ENDED
+
+    def disturb(self) -> None:
+        """A clock was read."""
+        self._livelock.disturb()
+
+    def close(self) -> None:
+        """The grid has run, or will not run on."""
+        self._livelock.close()
 
     def watch(self, watcher: Callable[[int], None]) -> None:
         """Have `watcher` called now and then with the number of segments that have run."""
@@ -120,11 +159,23 @@ class Scheduler:
             raise self._stuck("livelock", f"{self.steps} segments have run, which is the limit")
         if self._watcher is not None:
             self._watcher(self.steps)
+        pending = bool(self._operations or self._late) or self._grid.has_company()
+        if self._livelock.proven(self.steps, len(self._ready), pending=pending):
+            raise self._stuck(
+                "livelock", "nothing changes any more: all that can run polls for what never comes"
+            )
         self._pause = min(self.limit, self.steps + _WATCHED)
+
+    def _go_on(self) -> None:
+        """One of the things that were put off happens."""
+        self._restless = 0
+        if self._late and not (self._operations and self.random.random() < 0.5):
+            self.add(self._late.pop(self.random.randrange(len(self._late))))
+        else:
+            self._complete_one()
 
     def _complete_one(self) -> None:
         at = self._choose(len(self._operations))
-        self._restless = 0
         self.completed += 1
         if not self._operations[at].step():
             del self._operations[at]
@@ -133,6 +184,7 @@ class Scheduler:
         program = self._grid.program
         full, masked = program.full, program.masked
         warp = split.warp
+        self._grid.memory.acting = split
         registers = warp.registers
         left = self._burst
         visits, counts = warp.cta.visits, self._grid.counts
@@ -167,6 +219,9 @@ class Scheduler:
     def _stuck(self, kind: str, message: str) -> EmulatorError:
         """The report of who waits for what."""
         program = self._grid.program
+        underflow = checks.underflow(self._grid)
+        if underflow is not None:
+            return underflow
         lines = []
         if any(split.wait is not None and split.wait.kind == "aligned" for split in self._grid.splits()):
             kind = "divergence"

@@ -25,7 +25,10 @@ class Options:
     sms: SMs that it has; None for all. Persistent kernels have one CTA for each SM, so that fewer make a
       large problem faster to emulate, and each CTA's share larger.
     seed: decides in which order warps run and asynchronous operations complete.
-    resident: CTAs that are let in at a time; None for all of a grid.
+    resident: CTAs that are let in at a time, in the order of their indices; None leaves it to the seed: all
+      of a grid, one, two, or half of them (`launch.residents`). CUDA promises that CTAs are there together
+      only for cooperative launches, where all always are; a kernel that needs more than one fails under some
+      seeds, so that a number of at least the grid's is only good for finding out why.
     truncate_bits: significant bits to which the sums of MMAs with FP32 accumulators are cut, as hardware is
       reported to with 22; None for sums that are exact but for one rounding.
     races: whether accesses of shared memory that nothing orders are violations, however they went.
@@ -56,8 +59,8 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel that ran. `seconds` is what emulating it took, and says nothing about a GPU; `result` is
-    what the emulator counted."""
+    """One kernel that ran. `seconds` is what emulating it took, together with those that it may overlap, and
+    says nothing about a GPU; `result` is what the emulator counted."""
 
     variant: str
     symbol: str

@@ -157,6 +157,7 @@ class Warp:
 
     def read_clock(self, name: str) -> Array:
         """%clock and its kin: steps of the scheduler so far, in no unit of time."""
+        self.cta.grid.scheduler.disturb()
         steps = self.cta.grid.scheduler.steps
         if name in ("%clock", "%globaltimer_lo"):
             return np.full(32, steps & 0xFFFFFFFF, np.uint32)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checkers import barriers as barrier_checks
+from ..checkers import tensor_maps
 from ..cta import NAMED_BARRIERS
 from ..emitter import Emitter
 from ..errors import Fault
@@ -58,6 +60,8 @@ def _arrive(w: Warp, s: Split, lanes: Array | None, barrier: int, count: int | N
     # Barriers count whole warps: lanes that have ended come with the warp's first lane that has not.
     first = w.alive.argmax()
     whole = executing == w.alive_count or (lanes is not None and first in lanes)
+    if w.cta.grid.dependency is not None:
+        w.cta.grid.dependency.arrive(w, lanes, found, found.generation)
     found.arrived += executing + (32 - w.alive_count if whole else 0)
     if found.arrived > found.expected:
         raise Fault("barrier", f"{found.arrived} threads at barrier {barrier}, which is for {found.expected}")
@@ -66,6 +70,14 @@ def _arrive(w: Warp, s: Split, lanes: Array | None, barrier: int, count: int | N
         w.cta.races.order.at_barrier(w, lanes, barrier, generation)
     w.cta.complete(found)
     return found, generation, results
+
+
+def _follow(w: Warp, lanes: Array | None, number: int, generation: int) -> None:
+    """Threads leave a barrier: what arrived at it comes before what they do next."""
+    if w.cta.grid.dependency is not None:
+        w.cta.grid.dependency.leave(w, lanes, w.cta.barriers[number], generation)
+    if w.cta.races is not None:
+        w.cta.races.order.past_barrier(w, lanes, number, generation)
 
 
 def _synchronise(is_aligned: bool) -> Callable[..., Any]:
@@ -78,8 +90,7 @@ def _synchronise(is_aligned: bool) -> Callable[..., Any]:
         else:
             found = w.cta.barriers[number]
         if found.generation != s.memo:
-            if w.cta.races is not None:
-                w.cta.races.order.past_barrier(w, lanes, number, s.memo)
+            _follow(w, lanes, number, s.memo)
             s.memo = None
             return None
         return Wait(
@@ -113,8 +124,7 @@ def _reduce(is_aligned: bool, name: str) -> Callable[..., Any]:
             s.memo = _arrive(w, s, lanes, number, threads, is_aligned)
         found, generation, results = s.memo
         if found.generation != generation:
-            if w.cta.races is not None:
-                w.cta.races.order.past_barrier(w, lanes, number, generation)
+            _follow(w, lanes, number, generation)
             s.memo = None
             size = 32 if lanes is None else len(lanes)
             if name == "popc":
@@ -167,14 +177,19 @@ def fence(i: Instruction, e: Emitter) -> None:
             e.call(_acquire_map, e.address(i.operands[0]))
         elif "release" not in words:
             raise unsupported(i)
+        else:
+            e.call(tensor_maps.release)
         return
     extra = [word for word in words if word not in _FENCES]
     if extra:
         raise unsupported(i, f"modifier .{extra[0]}")
-    if words[:2] == ("proxy", "async") or words[:2] == ("proxy", "async.shared::cta"):
-        e.call(_fence_proxy)
-    elif words[0] != "proxy" and "mbarrier_init" not in words:
+    if "mbarrier_init" in words:
+        e.call(barrier_checks.fence_initialisation)
+    elif words[0] != "proxy":
         e.call(_fence)
+    elif words[1] == "async" and "global" not in words:
+        e.call(barrier_checks.fence_initialisation)
+        e.call(_fence_proxy)
 
 
 def _fence_proxy(w: Warp, _s: Split, lanes: Array | None) -> None:
@@ -190,3 +205,4 @@ def _fence(w: Warp, _s: Split, lanes: Array | None) -> None:
 def _acquire_map(w: Warp, _s: Split, lanes: Array | None, address: Array) -> None:
     for at in np.unique(address if lanes is None else address[lanes]).tolist():
         w.cta.map_cache.pop(at, None)
+        tensor_maps.acquire(w.cta, at)

@@ -12,6 +12,8 @@ import numpy as np
 
 from .. import tensor_map
 from ..asynchronous import Issuer, Operation, ThreadGroups, thread_groups
+from ..checkers import tensor_maps
+from ..checkers.barriers import check_initialisation
 from ..checkers.races import Ticket
 from ..cta import Cta
 from ..emitter import Emitter
@@ -54,6 +56,7 @@ def read_map(cta: Cta, address: int) -> tensor_map.TensorMap:
         span = region.span(start, tensor_map.SIZE, "read of a tensor map")
         if np.count_nonzero(region.shadow[span]):
             raise Fault("uninitialised", f"the tensor map at {address:#x} was never wholly written")
+        region.tell(start, tensor_map.SIZE, None)
         content = cta.map_cache[address] = region.data[span].tobytes()
     return tensor_map.decode(content)
 
@@ -74,14 +77,16 @@ def _box(
 
 
 def _load_box(
-    cta: Cta,
+    issuer: Issuer,
     map_address: int,
     coordinates: tuple[int, ...],
     shared: int,
     barrier: int,
     ticket: Ticket | None,
 ) -> None:
+    cta = issuer.cta
     box, region, fill = _box(cta, map_address, coordinates, shared)
+    tensor_maps.done(issuer, map_address)
     if box.in_bounds is None and region is not None:
         values = region.gather(box.addresses, box.unit)
     else:
@@ -203,10 +208,13 @@ def _tensor_load(i: Instruction, e: Emitter) -> None:
             shared, map_address, target = _shared(to, lane), int(at[lane]), _shared(barrier, lane)
             coordinates = tuple(int(c[lane]) for c in where)
             cta.mbarrier(target)
+            check_initialisation(cta, target)
+            issuer = Issuer(i, w, lane)
+            tensor_maps.issue(issuer, map_address)
             cta.in_flight += 1
             ticket = issue(i, w, lane)
-            step = _bound(_load_box, cta, map_address, coordinates, shared, target, ticket)
-            cta.grid.scheduler.submit(Operation(Issuer(i, w, lane), step))
+            step = _bound(_load_box, issuer, map_address, coordinates, shared, target, ticket)
+            cta.grid.scheduler.submit(Operation(issuer, step))
 
     e.call(run, e.address(destination), _base(e, source), e.address(barrier), *_coordinates(i, e, source))
 
@@ -234,10 +242,12 @@ def _submit_tensor_store(
     shared: int,
     combine: Callable[[str], Combine | None] | None,
 ) -> None:
-    cta = w.cta
+    cta, issuer = w.cta, Issuer(i, w, lane)
+    tensor_maps.issue(issuer, map_address)
 
     def locate() -> tuple[Array, Array, Region | None, int]:
         box, region, _ = _box(cta, map_address, coordinates, shared, writes=True)
+        tensor_maps.done(issuer, map_address)
         source, to = box.offsets + shared, box.addresses
         if box.in_bounds is not None:
             source, to = source[box.in_bounds], to[box.in_bounds]
@@ -254,7 +264,7 @@ def _submit_tensor_store(
 
     ticket = issue(i, w, lane, "bulk")
     store = _Store(cta, thread_groups(w, lane, "bulk"), locate, None if combine is None else reduce, ticket)
-    store.submit(Issuer(i, w, lane))
+    store.submit(issuer)
 
 
 def _base(e: Emitter, operand: Operand) -> str:
@@ -321,6 +331,7 @@ def _bulk_load(i: Instruction, e: Emitter, *, from_shared: bool) -> None:
             begin = _shared(at, lane) if from_shared else int(at[lane])
             _check_bulk(count, shared, begin)
             w.cta.mbarrier(target)
+            check_initialisation(w.cta, target)
             w.cta.in_flight += 1
             step = _bound(copy, w.cta, shared, begin, count, target, issue(i, w, lane))
             w.cta.grid.scheduler.submit(Operation(Issuer(i, w, lane), step))

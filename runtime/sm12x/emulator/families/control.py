@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..emitter import Emitter
 from ..errors import Fault
 from ..memory import Array
@@ -26,11 +28,26 @@ def _aligned(_w: Warp, s: Split, lanes: Array | None) -> None:
     aligned(s, lanes)
 
 
-@instruction("griddepcontrol.wait", "griddepcontrol.launch_dependents")
-def griddepcontrol(i: Instruction, e: Emitter) -> None:
-    """Grids run one after the other: what a grid depends on has ended before it begins, and what depends on
-    it begins when it has ended.
-    """
+@instruction("griddepcontrol.wait", blocks=True)
+def griddepcontrol_wait(i: Instruction, e: Emitter) -> None:
+    """Nothing to wait for unless the launch is one of a chain that may overlap."""
+    e.wait_call(_wait_for_grid)
+
+
+def _wait_for_grid(w: Warp, _s: Split, lanes: Array | None) -> Any:
+    dependency = w.cta.grid.dependency
+    return None if dependency is None else dependency.wait(w, lanes)
+
+
+@instruction("griddepcontrol.launch_dependents", yields=True)
+def griddepcontrol_launch(i: Instruction, e: Emitter) -> None:
+    e.call(_launch_dependents)
+
+
+def _launch_dependents(w: Warp, _s: Split, lanes: Array | None) -> None:
+    dependency = w.cta.grid.dependency
+    if dependency is not None:
+        dependency.trigger(w.cta, w, lanes)
 
 
 @instruction("nanosleep", yields=True)

@@ -87,6 +87,7 @@ def _copy_one(w: Warp, to: int, at: int, taken: int, size: int) -> None:
     if taken:
         region = w.cta.grid.memory.region(at, "cp.async")
         span = region.span(at, taken, "cp.async")
+        region.tell(at, taken, None)
         if np.count_nonzero(region.shadow[span]):
             raise Fault("uninitialised", f"cp.async reads bytes at {at:#x} that were never written")
         content[:taken] = region.data[span]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkers import barriers as checks
 from ..cta import Mbarrier
 from ..emitter import Emitter
 from ..errors import Fault
@@ -56,7 +57,7 @@ def init(i: Instruction, e: Emitter) -> None:
 
     def run(w: Warp, _s: Split, lanes: Array | None, address: Array, count: Array) -> None:
         for at, value in zip(_each(space, lanes, address), _values(lanes, count), strict=True):
-            w.cta.mbarrier_init(at, value)
+            w.cta.mbarrier_init(at, value, w)
 
     e.call(run, e.address(i.operands[0]), e.value(i.operands[1], "u32").u)
 
@@ -95,6 +96,9 @@ def _arrival(
     def run(w: Warp, _s: Split, lanes: Array | None, address: Array, number: Array | None = None) -> Array:
         cta = w.cta
         addresses = _each(space, lanes, address)
+        if cta.grid.dependency is not None:
+            for at in dict.fromkeys(addresses):
+                cta.grid.dependency.arrive(w, lanes, cta.mbarrier(at), cta.mbarrier(at).phase)
         numbers = [1] * len(addresses) if number is None else _values(lanes, number)
         if not keep and not drop and completes and addresses.count(addresses[0]) == len(addresses):
             barrier = cta.mbarrier(addresses[0])
@@ -158,51 +162,71 @@ def pending_count(i: Instruction, e: Emitter) -> None:
 
 
 def _completed(barrier: Mbarrier, operand: int, parity: bool) -> bool:
-    """Whether the phase that a wait means has ended. A parity means this phase or the one before it."""
+    """Whether the phase that a wait means has ended: this one or the one before it. Raises Fault for a state
+    of an older one.
+    """
     if parity:
         return barrier.phase & 1 != operand & 1
+    if barrier.phase - (operand >> 20) > 1:
+        raise Fault("barrier", f"a wait with a state of phase {operand >> 20} at {barrier}: that is too old")
     return barrier.phase != operand >> 20
 
 
-def _see(w: Warp, lanes: Array | None, addresses: list[int], flags: Array) -> Array:
-    """Lanes whose flag is set have seen the end of a phase; gives the flags."""
-    races = w.cta.races
-    if races is not None:
-        for at, (address, flag) in enumerate(zip(addresses, flags.tolist(), strict=True)):
-            if flag:
-                races.order.saw(w, np.array([at if lanes is None else lanes[at]]), w.cta.mbarrier(address))
-    return flags
+def _follow(w: Warp, lanes: Array | None, barrier: Mbarrier, acquires: bool) -> None:
+    """Threads have seen a phase end: what arrived in it comes before what they do next."""
+    dependency = w.cta.grid.dependency
+    if dependency is not None:
+        dependency.leave(w, lanes, barrier, barrier.phase - 1)
+    if acquires and w.cta.races is not None:
+        w.cta.races.order.saw(w, lanes, barrier)
+
+
+def _follow_each(
+    w: Warp, lanes: Array | None, addresses: list[int], flags: list[bool], acquires: bool
+) -> Array:
+    """The same for those lanes whose flag is set; gives the flags."""
+    for at, (address, flag) in enumerate(zip(addresses, flags, strict=True)):
+        if flag:
+            _follow(w, np.array([at if lanes is None else lanes[at]]), w.cta.mbarrier(address), acquires)
+    return np.array(flags)
 
 
 def _try_wait(space: str, parity: bool, acquires: bool) -> Callable[..., Any]:
-    def run(w: Warp, _s: Split, lanes: Array | None, address: Array, operand: Array) -> Any:
+    def run(w: Warp, s: Split, lanes: Array | None, address: Array, operand: Array) -> Any:
         addresses, wanted = _each(space, lanes, address), _values(lanes, operand)
         first = w.cta.mbarrier(addresses[0])
         if addresses.count(addresses[0]) == len(addresses) == wanted.count(wanted[0]):  # the lanes agree
-            if _completed(first, wanted[0], parity):
-                if acquires and w.cta.races is not None:
-                    w.cta.races.order.saw(w, lanes, first)
+            seen = _completed(first, wanted[0], parity)
+            checks.resumed(first, s, seen=seen)
+            if seen:
+                _follow(w, lanes, first, acquires)
                 return ALL if lanes is None else ALL[lanes]
             if w.cta.grid.scheduler.chance(_GIVES_UP):
                 return NONE if lanes is None else NONE[lanes]
-            return Wait("mbarrier", first.queue, lambda: str(first))
+            checks.blocked(first, s)
+            return Wait("mbarrier", first.queue, lambda: checks.waits_for(first, s))
         flags = [
             _completed(first if at == addresses[0] else w.cta.mbarrier(at), value, parity)
             for at, value in zip(addresses, wanted, strict=True)
         ]
         if any(flags) or w.cta.grid.scheduler.chance(_GIVES_UP):
-            return _see(w, lanes, addresses, np.array(flags)) if acquires else np.array(flags)
+            return _follow_each(w, lanes, addresses, flags, acquires)
         return Wait("mbarrier", first.queue, lambda: str(first))
 
     return run
 
 
 def _test_wait(space: str, parity: bool, acquires: bool) -> Callable[..., Array]:
-    def run(w: Warp, _s: Split, lanes: Array | None, address: Array, operand: Array) -> Array:
-        addresses = _each(space, lanes, address)
-        pairs = zip(addresses, _values(lanes, operand), strict=True)
-        flags = np.array([_completed(w.cta.mbarrier(at), value, parity) for at, value in pairs])
-        return _see(w, lanes, addresses, flags) if acquires else flags
+    def run(w: Warp, s: Split, lanes: Array | None, address: Array, operand: Array) -> Array:
+        addresses, wanted = _each(space, lanes, address), _values(lanes, operand)
+        pairs = zip(addresses, wanted, strict=True)
+        flags = [_completed(w.cta.mbarrier(at), value, parity) for at, value in pairs]
+        if addresses.count(addresses[0]) == len(addresses) and all(flags) == any(flags):
+            checks.resumed(w.cta.mbarrier(addresses[0]), s, seen=flags[0])
+        if addresses.count(addresses[0]) == len(addresses) and all(flags):
+            _follow(w, lanes, w.cta.mbarrier(addresses[0]), acquires)
+            return np.array(flags)
+        return _follow_each(w, lanes, addresses, flags, acquires)
 
     return run
 

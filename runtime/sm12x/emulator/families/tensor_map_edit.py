@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import tensor_map
+from ..checkers import tensor_maps
 from ..cta import Cta
 from ..emitter import Emitter
 from ..errors import Fault
@@ -49,7 +50,10 @@ def replace(i: Instruction, e: Emitter) -> None:
                 content = tensor_map.replace(region.data[span].tobytes(), field, index, int(value[lane]))
             except ValueError as error:
                 raise Fault("tensor map", str(error), (int(lane),)) from error
-            region.data[span] = np.frombuffer(content, np.uint8)
+            changed = np.frombuffer(content, np.uint8)
+            region.tell(region.base + span.start, tensor_map.SIZE, None)
+            region.tell(region.base + span.start, tensor_map.SIZE, changed)
+            region.data[span] = changed
             if region is w.cta.shared and w.cta.races is not None:
                 _map_edited(w, int(lane), span)
 
@@ -86,5 +90,7 @@ def _copy(w: Warp, s: Split, lanes: Array | None, to: Array, source: Array) -> N
     if w.cta.races is not None:
         rows = SHARED_BASE + read.start + 16 * np.arange(tensor_map.SIZE // 16)
         w.cta.races.load_rows(w, rows, 16)
+    target.tell(target.base + span.start, tensor_map.SIZE, region.data[read])
     target.data[span] = region.data[read]
     target.shadow[span] = 0
+    tensor_maps.publish(w.cta)

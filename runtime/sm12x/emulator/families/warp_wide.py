@@ -288,10 +288,16 @@ def _match_all(a: Array, members: Array, executing: Array) -> tuple[Array, Array
 def bar_warp_sync(i: Instruction, e: Emitter) -> None:
     """The lanes named wait for each other."""
     _gather(i, e, i.operands[0])
-    if e.mask is None:
+    e.line(f"{e.bind(_converge)}(w, {e.mask or 's.mask'})")
+    if e.mask is None and _constant(i.operands[0]) == 0xFFFFFFFF:
         e.line(f"{e.bind(_order)}(w, None)")
         return
-    e.line(f"{e.bind(_named)}(w, {e.mask}, {e.value(i.operands[0], 'b32').u})")
+    e.line(f"{e.bind(_named)}(w, {e.mask or 's.mask'}, {e.value(i.operands[0], 'b32').u})")
+
+
+def _converge(w: Warp, executing: Array) -> None:
+    if w.cta.grid.dependency is not None:
+        w.cta.grid.dependency.converge(w, executing)
 
 
 def _order(w: Warp, lanes: Array | None) -> None:
