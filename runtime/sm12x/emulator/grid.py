@@ -47,6 +47,9 @@ class Grid:
         self.outside = x * y * z  # CTAs that have not been let in
         self.running = 0
         self.ctas: list[Cta] = []
+        if resident is None and program.cancels:
+            # Such a kernel cannot count on all of its CTAs: some launches have few, whose work others take.
+            resident = (-(-self.outside // 2), self.outside, 1)[seed % 3]
         for _ in range(min(resident or self.outside, self.outside)):
             self._admit()
 
@@ -59,6 +62,15 @@ class Grid:
         for warp in cta.warps:
             for split in warp.splits:
                 self.scheduler.add(split)
+
+    def cancel_launch(self) -> tuple[int, int, int] | None:
+        """Take the next CTA that has not been let in out of the launch: its position, None where all are
+        in.
+        """
+        if not self.outside:
+            return None
+        self.outside -= 1
+        return next(self._waiting)
 
     def cta_ended(self, cta: Cta) -> None:
         """A CTA has ended, which makes room for another."""

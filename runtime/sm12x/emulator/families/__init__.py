@@ -21,6 +21,7 @@ MODULES = (
     "barriers",
     "mbarrier",
     "cluster",
+    "cluster_launch",
     "copy",
     "bulk_copy",
     "bulk_reduce",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..emitter import Emitter, container
+from ..emitter import DTYPES, Emitter, container
 from ..errors import Fault
 from ..memory import Array
 from ..ptx.ir import TYPE_BITS, Address, Instruction, Operand, Register, Sink, Vector
@@ -14,7 +14,7 @@ from ..registry import instruction, unsupported
 from ..spaces import LOADS, STORES, WINDOWS, space_of
 from ..warp import Split, Warp
 
-_VALUES = {f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)} | {"f32", "f64"}
+_VALUES = {f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)} | {"f32", "f64", "b128"}
 _COUNTS = {"v2": 2, "v4": 4, "v8": 8}
 
 # Modifiers of ld and st that say how soon others see an access, or what to keep in a cache. Memory here is
@@ -53,7 +53,7 @@ def mov(i: Instruction, e: Emitter) -> None:
 
 def _part(i: Instruction, kind: str, count: int) -> str:
     bits = TYPE_BITS[kind] // count
-    if bits < 16:
+    if bits < 16 or (kind == "b128" and count != 2):
         raise unsupported(i, f"elements of {bits} bits")
     return f"b{bits}"
 
@@ -61,6 +61,11 @@ def _part(i: Instruction, kind: str, count: int) -> str:
 def _unpack(i: Instruction, e: Emitter, elements: tuple[Operand, ...], a: Operand, kind: str) -> None:
     part = _part(i, kind, len(elements))
     bits = TYPE_BITS[part]
+    if kind == "b128":
+        e.line(f"x = {e.value(a, kind).u}")
+        for element, half in zip(elements, ("low", "high"), strict=True):
+            e.assign(element, part, f"x[{half!r}]")
+        return
     e.line(f"x = {e.value(a, kind).u}")  # before any element is written: one of them may be the source
     for at, element in enumerate(elements):
         if not isinstance(element, Sink):
@@ -71,11 +76,21 @@ def _unpack(i: Instruction, e: Emitter, elements: tuple[Operand, ...], a: Operan
 def _pack(i: Instruction, e: Emitter, d: Operand, elements: tuple[Operand, ...], kind: str) -> None:
     part = _part(i, kind, len(elements))
     bits, whole = TYPE_BITS[part], container(kind)
+    if kind == "b128":
+        halves = ", ".join(e.value(element, part).u for element in elements)
+        return e.assign(d, kind, f"{e.bind(_joined)}({halves})")
     terms = []
     for at, element in enumerate(elements):
         text = f"{e.value(element, part).u}.astype({whole})"
         terms.append(f"({text} << {e.constant(whole, at * bits)})" if at else text)
     e.assign(d, kind, " | ".join(terms))
+
+
+def _joined(low: Array, high: Array) -> Array:
+    """Two halves of 64 bits as values of 128."""
+    found = np.empty(low.shape, DTYPES["u16"])
+    found["low"], found["high"] = low, high
+    return found
 
 
 def _access(i: Instruction) -> tuple[str, int, str]:
@@ -88,6 +103,8 @@ def _access(i: Instruction) -> tuple[str, int, str]:
             count = _COUNTS[word]
         elif word not in _ORDER | _CACHE | _SPACES and not word.startswith("L1::"):
             raise unsupported(i, f"modifier .{word}")
+    if kind == "b128" and count > 1:
+        raise unsupported(i, "a vector of .b128")
     return space_of(i), count, kind
 
 
@@ -109,7 +126,10 @@ def loader(space: str, width: int, count: int) -> Callable[..., Array]:
     def run_bytes(w: Warp, _s: Split, lanes: Array | None, address: Array) -> Array:
         return load(w, lanes, address, 1, count).astype(np.uint16)
 
-    return run_bytes if width == 1 else run
+    def run_halves(w: Warp, _s: Split, lanes: Array | None, address: Array) -> Array:
+        return _joined(*load(w, lanes, address, 8, 2))
+
+    return run_halves if width == 16 else run_bytes if width == 1 else run
 
 
 def storer(space: str, width: int, count: int) -> Callable[..., None]:
@@ -125,6 +145,11 @@ def storer(space: str, width: int, count: int) -> Callable[..., None]:
     def run_vector(w: Warp, _s: Split, lanes: Array | None, address: Array, *values: Array) -> None:
         store(w, lanes, address, np.array(values).astype(f"u{width}", copy=False), width, count)
 
+    def run_halves(w: Warp, _s: Split, lanes: Array | None, address: Array, value: Array) -> None:
+        store(w, lanes, address, np.array([value["low"], value["high"]]), 8, 2)
+
+    if width == 16:
+        return run_halves
     return run_vector if count > 1 else run_bytes if width == 1 else run
 
 
