@@ -52,9 +52,16 @@ class Emitter:
     """Collects the source of one function of one segment. `full`: for a warp with all 32 lanes active."""
 
     def __init__(
-        self, layout: Layout, namespace: dict[str, Any], *, full: bool, truncate_bits: int | None
+        self,
+        layout: Layout,
+        namespace: dict[str, Any],
+        *,
+        full: bool,
+        truncate_bits: int | None,
+        constants: dict[int, int],
     ) -> None:
         self.layout = layout
+        self.constants = constants  # by index, of registers that never hold anything else
         self.full = full
         self.truncate_bits = truncate_bits
         self.lines: list[str] = []

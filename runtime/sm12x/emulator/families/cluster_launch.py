@@ -18,8 +18,9 @@ from ..spaces import shared_addresses, space_of
 from ..warp import LANES, Split, Warp
 
 _BYTES = 16  # of a response
-# The response is opaque. Here: x and y in the low half, z and one of these marks in the high one.
-_CANCELED, _REFUSED = 0x5C1C0001, 0x5C1C0000
+# The response is opaque. Here: x and y in the low half, z and this mark in the high one, and zeros for a try
+# that failed: CUTLASS's schedulers write 16 zero bytes to tell their warps that there is nothing more to do.
+_CANCELED = 0x5C1C0001
 _HINTS = {"async", "shared::cta", "mbarrier::complete_tx::bytes", "multicast::cluster::all", "b128"}
 
 
@@ -50,8 +51,7 @@ def try_cancel(i: Instruction, e: Emitter) -> None:
 
 def _respond(cta: Cta, place: int, barrier: int) -> None:
     found = cta.grid.cancel_launch()
-    x, y, z = found or (0, 0, 0)
-    mark = _REFUSED if found is None else _CANCELED
+    x, y, z, mark = (0, 0, 0, 0) if found is None else (*found, _CANCELED)
     words = np.array([[x | y << 32, z | mark << 32]], np.uint64)
     cta.shared.scatter(np.array([place]), words, _BYTES)
     cta.in_flight -= 1
@@ -61,12 +61,12 @@ def _respond(cta: Cta, place: int, barrier: int) -> None:
 def _canceled(response: Array, lanes: Array) -> Array:
     """bool (n,): what the responses of the active lanes say. Raises Fault for what is none."""
     marks = response["high"][lanes] >> np.uint64(32)
-    known = (marks == np.uint64(_CANCELED)) | (marks == np.uint64(_REFUSED))
+    found: Array = marks == np.uint64(_CANCELED)
+    known = found | ((response["high"][lanes] | response["low"][lanes]) == np.uint64(0))
     if not known.all():
         raise Fault(
             "cancel", "these 16 bytes are no response of try_cancel", tuple(lanes[~known].tolist())
         )
-    found: Array = marks == np.uint64(_CANCELED)
     return found
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 
 from ..emitter import DTYPES, Emitter, container
-from ..errors import Fault
 from ..memory import Array
 from ..ptx.ir import TYPE_BITS, Address, Instruction, Operand, Register, Sink, Vector
 from ..registry import instruction, unsupported
@@ -35,6 +34,7 @@ _CACHE = {
     "L2::128B",
     "L2::256B",
 }
+_NOWHERE = 0xC1000000  # a shared address, in a CTA that does not exist
 _SPACES = {"global", "shared", "shared::cta", "shared::cluster", "param", "param::entry", "const", "local"}
 
 
@@ -53,7 +53,7 @@ def mov(i: Instruction, e: Emitter) -> None:
 
 def _part(i: Instruction, kind: str, count: int) -> str:
     bits = TYPE_BITS[kind] // count
-    if bits < 16 or (kind == "b128" and count != 2):
+    if bits < 8 or (kind == "b128" and count != 2):
         raise unsupported(i, f"elements of {bits} bits")
     return f"b{bits}"
 
@@ -70,7 +70,8 @@ def _unpack(i: Instruction, e: Emitter, elements: tuple[Operand, ...], a: Operan
     for at, element in enumerate(elements):
         if not isinstance(element, Sink):
             shifted = f"(x >> {e.constant(container(kind), at * bits)})" if at else "x"
-            e.assign(element, part, f"{shifted}.astype({container(part)})")
+            text = f"{shifted}.astype({container(part)})"
+            e.assign(element, part, f"({text} & {e.constant('u2', 255)})" if bits == 8 else text)
 
 
 def _pack(i: Instruction, e: Emitter, d: Operand, elements: tuple[Operand, ...], kind: str) -> None:
@@ -207,18 +208,17 @@ def isspacep(i: Instruction, e: Emitter) -> None:
 
 @instruction("mapa")
 def mapa(i: Instruction, e: Emitter) -> None:
-    """Shared memory of a CTA of the cluster. Clusters have one CTA, whose own address it is."""
+    """Shared memory of a CTA of the cluster. Clusters have one CTA, whose own address it is; for any other the
+    address is one that no shared memory has. CUTLASS asks with every lane, and then uses few.
+    """
     kind = i.opcode[-1]
     if kind not in ("u32", "u64") or i.opcode[1:-1] not in ((), ("shared::cluster",)):
         raise unsupported(i)
     d, a, b = i.operands
-    e.call(_own_rank, e.value(b, "u32").u)
-    e.assign(d, kind, e.value(a, kind).u)
-
-
-def _own_rank(_w: Warp, _s: Split, lanes: Array | None, rank: Array) -> None:
-    if np.count_nonzero(rank if lanes is None else rank[lanes]):
-        raise Fault("cluster", "mapa of another CTA: clusters larger than 1 are not emulated")
+    generic = kind == "u64" and "shared::cluster" not in i.opcode
+    nowhere = e.constant(container(kind), _NOWHERE + (WINDOWS["shared"] if generic else 0))
+    own = f"{e.value(b, 'u32').u} == {e.constant('u4', 0)}"
+    e.assign(d, kind, f"where({own}, {e.value(a, kind).u}, {nowhere})")
 
 
 @instruction("getctarank")
