@@ -178,4 +178,4 @@ def run(
     return status, emulation
 
 
-__all__ = ["EmulatorError", "Emulation", "Launched", "run"]
+__all__ = ["Emulation", "EmulatorError", "Launched", "run"]

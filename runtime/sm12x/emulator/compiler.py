@@ -55,7 +55,9 @@ class Program:
         self.truncate_bits = truncate_bits
         self.register_kinds = [container(register.type) for register in kernel.registers]
         # Whether CTAs may take other CTAs out of the launch (clusterlaunchcontrol).
-        self.cancels = any(i.opcode[:2] == ("clusterlaunchcontrol", "try_cancel") for i in kernel.instructions)
+        self.cancels = any(
+            i.opcode[:2] == ("clusterlaunchcontrol", "try_cancel") for i in kernel.instructions
+        )
         self._entries: list[Entry | None] = [
             None if cfg.ends_block(instruction) else lookup(instruction)
             for instruction in kernel.instructions

@@ -20,6 +20,7 @@ from .grid import Grid
 from .layout import lay_out
 from .memory import GlobalMemory, Region
 from .ptx import parse
+from .ptx.inline import inline
 from .ptx.ir import TYPE_BITS, Immediate, Kernel, Module, Symbol, Variable
 
 SHARED_LIMIT = 101_376  # bytes a block may have on SM120 (DESIGN section 2)
@@ -49,7 +50,7 @@ class LoadedModule:
                 raise EmulatorError(
                     f"there is no kernel {name!r}: there are {', '.join(self.ir.kernels) or 'none'}"
                 )
-            kernel = self.ir.kernels[name]
+            kernel = inline(self.ir.kernels[name], self.ir)
             layout = lay_out(kernel, self.ir.variables, self.addresses)
             self._programs[name] = Program(kernel, layout, self.constants, self.truncate_bits)
         return self._programs[name]

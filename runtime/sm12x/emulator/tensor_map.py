@@ -169,7 +169,9 @@ def encode_tiled(
         l2,
         oob_fill,
     )
-    _check(raw, least_address=0)  # CUTLASS's array kernels encode null, and replace it before they use the map
+    _check(
+        raw, least_address=0
+    )  # CUTLASS's array kernels encode null, and replace it before they use the map
     return raw.pack()
 
 

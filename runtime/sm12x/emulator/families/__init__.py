@@ -17,6 +17,7 @@ MODULES = (
     "data_movement",
     "atomics",
     "control",
+    "calls",
     "warp_wide",
     "barriers",
     "mbarrier",

@@ -40,7 +40,9 @@ def try_cancel(i: Instruction, e: Emitter) -> None:
             if cta.cancel_refused:
                 raise Fault("cancel", "try_cancel in a CTA that has already seen that one failed", (lane,))
             if place % _BYTES:
-                raise Fault("alignment", f"a response at shared {place:#x}, which is no multiple of 16", (lane,))
+                raise Fault(
+                    "alignment", f"a response at shared {place:#x}, which is no multiple of 16", (lane,)
+                )
             cta.mbarrier(target)
             cta.in_flight += 1
             step = partial(_respond, cta, place, target)
@@ -64,9 +66,7 @@ def _canceled(response: Array, lanes: Array) -> Array:
     found: Array = marks == np.uint64(_CANCELED)
     known = found | ((response["high"][lanes] | response["low"][lanes]) == np.uint64(0))
     if not known.all():
-        raise Fault(
-            "cancel", "these 16 bytes are no response of try_cancel", tuple(lanes[~known].tolist())
-        )
+        raise Fault("cancel", "these 16 bytes are no response of try_cancel", tuple(lanes[~known].tolist()))
     return found
 
 

@@ -208,8 +208,8 @@ def isspacep(i: Instruction, e: Emitter) -> None:
 
 @instruction("mapa")
 def mapa(i: Instruction, e: Emitter) -> None:
-    """Shared memory of a CTA of the cluster. Clusters have one CTA, whose own address it is; for any other the
-    address is one that no shared memory has. CUTLASS asks with every lane, and then uses few.
+    """Shared memory of a CTA of the cluster. Clusters have one CTA, whose own address it is; for any other
+    the address is one that no shared memory has. CUTLASS asks with every lane, and then uses few.
     """
     kind = i.opcode[-1]
     if kind not in ("u32", "u64") or i.opcode[1:-1] not in ((), ("shared::cluster",)):
