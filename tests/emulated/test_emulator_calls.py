@@ -1,4 +1,4 @@
-"""Calls of functions: arguments, results, divergence, what is refused, and the CUDA driver's own functions."""
+"""Calls of functions: arguments, results, divergence, what is refused, and the functions of the driver."""
 
 from __future__ import annotations
 
