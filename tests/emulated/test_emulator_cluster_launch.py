@@ -66,7 +66,7 @@ def test_a_try_after_one_that_was_seen_to_fail_is_an_error():
     machine = Machine()
     out = machine.upload(np.zeros(2, np.uint32))
     with pytest.raises(EmulatorError, match="already seen that one failed") as caught:
-        machine.run(text, 2, 1, out.to_bytes(8, "little"), seed=1)
+        machine.run(text, 2, 1, out.to_bytes(8, "little"), seed=1, limit=20_000)
     assert caught.value.violation.line == line_of(text, "try_cancel")
 
 

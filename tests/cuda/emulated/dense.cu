@@ -29,7 +29,8 @@ struct Case {
       cutlass::gemm::collective::StageCountAutoCarveout<int(
           sizeof(typename Epilogue::SharedStorage))>,
       Schedule_>::CollectiveOp;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
 };
 
 template <class Case>
@@ -90,8 +91,7 @@ bool run(char const* name, int M, int N, int K, uint64_t seed) {
   epilogue.dC = cutlass::make_cute_packed_stride(StrideC{}, {M, N, 1});
   epilogue.ptr_D = d_device;
   epilogue.dD = cutlass::make_cute_packed_stride(StrideD{}, {M, N, 1});
-  arguments.hw_info.sm_count =
-      cutlass::KernelHardwareInfo::query_device_multiprocessor_count(0);
+  arguments.hw_info.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(0);
 
   Gemm gemm;
   check(gemm.can_implement(arguments), "can_implement");
@@ -128,21 +128,21 @@ int main(int argc, char** argv) {
   uint64_t const seed = seed_of(argc, argv);
   bool good = true;
 #if PART == 0
-  good &= run<Case<Class, e4m3, 16, e2m1, 128, TileShape, Auto, void, float>>("e4m3 x e2m1", 136, 260,
-                                                                         384, seed);
+  good &= run<Case<Class, e4m3, 16, e2m1, 128, TileShape, Auto, void, float>>("e4m3 x e2m1", 136,
+                                                                              260, 384, seed);
   good &= run<Case<Class, e3m2, 128, e5m2, 16, TileShape, Pingpong, bf16, bf16>>(
       "e3m2 x e5m2, pingpong", 200, 136, 256, seed + 1);
 #elif PART == 1
-  good &= run<Case<Scaled, cutlass::mx_float8_t<e4m3>, 16, cutlass::mx_float4_t<e2m1>, 128, TileShape,
-                   Auto, void, float>>("mx e4m3 x mx e2m1", 136, 132, 384, seed);
-  good &= run<Case<Scaled, cutlass::mx_float6_t<e2m3>, 128, cutlass::mx_float8_t<e5m2>, 16, TileShape,
-                   cutlass::gemm::KernelTmaWarpSpecializedPingpong, bf16, bf16>>(
+  good &= run<Case<Scaled, cutlass::mx_float8_t<e4m3>, 16, cutlass::mx_float4_t<e2m1>, 128,
+                   TileShape, Auto, void, float>>("mx e4m3 x mx e2m1", 136, 132, 384, seed);
+  good &= run<Case<Scaled, cutlass::mx_float6_t<e2m3>, 128, cutlass::mx_float8_t<e5m2>, 16,
+                   TileShape, cutlass::gemm::KernelTmaWarpSpecializedPingpong, bf16, bf16>>(
       "mx e2m3 x mx e5m2, pingpong", 200, 136, 256, seed + 1);
 #else
-  good &= run<Case<Scaled, cutlass::nv_float4_t<e2m1>, 32, cutlass::nv_float4_t<e2m1>, 32, TileShape,
-                   Auto, bf16, bf16>>("nvfp4", 200, 264, 416, seed);
-  good &= run<Case<Scaled, cutlass::mx_float4_t<e2m1>, 32, cutlass::mx_float4_t<e2m1>, 32, TileShape,
-                   Pingpong, void, float>>("mxfp4, pingpong", 136, 132, 320, seed + 1);
+  good &= run<Case<Scaled, cutlass::nv_float4_t<e2m1>, 32, cutlass::nv_float4_t<e2m1>, 32,
+                   TileShape, Auto, bf16, bf16>>("nvfp4", 200, 264, 416, seed);
+  good &= run<Case<Scaled, cutlass::mx_float4_t<e2m1>, 32, cutlass::mx_float4_t<e2m1>, 32,
+                   TileShape, Pingpong, void, float>>("mxfp4, pingpong", 136, 132, 320, seed + 1);
 #endif
   return good ? 0 : 1;
 }

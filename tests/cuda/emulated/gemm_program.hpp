@@ -63,8 +63,8 @@ struct Format {
     if (exponent == 0 && mantissa_bits > 0) {
       return sign * std::ldexp(fraction, 1 - bias - mantissa_bits);
     }
-    return sign * std::ldexp(fraction + double(1u << mantissa_bits),
-                             exponent - bias - mantissa_bits);
+    return sign *
+           std::ldexp(fraction + double(1u << mantissa_bits), exponent - bias - mantissa_bits);
   }
 };
 
@@ -167,9 +167,7 @@ struct Scales {
   std::vector<uint8_t> bytes;
   int blocks;
 
-  double at(int row, int column) const {
-    return values[size_t(row) * blocks + column / vector];
-  }
+  double at(int row, int column) const { return values[size_t(row) * blocks + column / vector]; }
 };
 
 template <class ElementSF, class Layout>
@@ -184,8 +182,8 @@ Scales random_scales(Random& random, Layout const& layout, int rows, int k, int 
     for (int block = 0; block < padded_blocks; ++block) {
       // ue8m0: 2^-5 to 2^5; ue4m3: all but the NaN, subnormals and zero among them. The columns
       // behind K meet the zeros that a tensor copy fills in, and so have to be finite.
-      uint8_t const code = format.mantissa_bits == 0 ? uint8_t(122 + random() % 11)
-                                                     : uint8_t(random() % 0x7f);
+      uint8_t const code =
+          format.mantissa_bits == 0 ? uint8_t(122 + random() % 11) : uint8_t(random() % 0x7f);
       size_t const at = size_t(layout(row, block * vector, 0));
       made.bytes[at] = row < rows ? code : kNaN;
       if (row < rows && block < made.blocks) {

@@ -1,5 +1,7 @@
 // CUTLASS's own block-scaled grouped SM120 kernels: pointers, strides, shapes and scale layouts of
-// every group in device memory, tensor maps edited by the kernel.
+// every group in device memory, tensor maps edited by the kernel. There is no C: CUTLASS's own
+// ptr-array epilogue rewrites C's tensor map under loads in flight, which the emulator shows as wrong
+// results wherever a CTA goes from one group to the next.
 
 #include "gemm_program.hpp"
 
@@ -11,14 +13,13 @@ using namespace emulated;
 using ProblemShape = cutlass::gemm::GroupProblemShape<Shape<int, int, int>>;
 using TileShape = Shape<_128, _128, _128>;
 using Scaled = cutlass::arch::OpClassBlockScaledTensorOp;
-using ElementC = cutlass::bfloat16_t;
 using ElementD = cutlass::bfloat16_t;
 
 template <class Element, int kAlignment, class Schedule>
 struct Case {
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm120, Scaled, TileShape, Shape<_1, _1, _1>,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, ElementC,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void,
       cutlass::layout::RowMajor*, 8, ElementD, cutlass::layout::RowMajor*, 8,
       cutlass::epilogue::collective::EpilogueScheduleAuto>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
@@ -34,8 +35,7 @@ struct Group {
   int m, n, k;
   Operand a, b;
   Scales sfa, sfb;
-  std::vector<ElementC> c;
-  float alpha, beta;
+  float alpha;
 };
 
 template <class Case>
@@ -63,9 +63,8 @@ bool run(char const* name, std::vector<Shape<int, int, int>> const& shapes, uint
   std::vector<LayoutSFB> layout_sfb;
   std::vector<void const*> ptr_a, ptr_b;
   std::vector<ElementSF const*> ptr_sfa, ptr_sfb;
-  std::vector<ElementC const*> ptr_c;
   std::vector<ElementD*> ptr_d;
-  std::vector<float> alpha, beta;
+  std::vector<float> alpha;
   for (auto [m, n, k] : shapes) {
     layout_sfa.push_back(Config::tile_atom_to_shape_SFA(make_shape(m, n, k, 1)));
     layout_sfb.push_back(Config::tile_atom_to_shape_SFB(make_shape(m, n, k, 1)));
@@ -76,12 +75,7 @@ bool run(char const* name, std::vector<Shape<int, int, int>> const& shapes, uint
                 random_operand(random, format_of<ElementA>, n, k, 6),
                 random_scales<ElementSF>(random, layout_sfa.back(), m, k, Config::SFVecSize),
                 random_scales<ElementSF>(random, layout_sfb.back(), n, k, Config::SFVecSize),
-                std::vector<ElementC>(size_t(m) * n),
-                float(1 + random() % 7) / 4.0f,
-                float(random() % 5) - 2.0f};
-    for (ElementC& element : group.c) {
-      element = ElementC(float(int(random() % 512) - 256) / 16.0f);
-    }
+                float(1 + random() % 7) / 4.0f};
     stride_a.push_back(cutlass::make_cute_packed_stride(StrideA{}, {m, k, 1}));
     stride_b.push_back(cutlass::make_cute_packed_stride(StrideB{}, {n, k, 1}));
     stride_c.push_back(cutlass::make_cute_packed_stride(StrideC{}, {m, n, 1}));
@@ -90,18 +84,14 @@ bool run(char const* name, std::vector<Shape<int, int, int>> const& shapes, uint
     ptr_b.push_back(upload(group.b.packed));
     ptr_sfa.push_back(reinterpret_cast<ElementSF const*>(upload(group.sfa.bytes)));
     ptr_sfb.push_back(reinterpret_cast<ElementSF const*>(upload(group.sfb.bytes)));
-    ptr_c.push_back(upload(group.c));
     ptr_d.push_back(device_array<ElementD>(size_t(m) * n));
     alpha.push_back(group.alpha);
-    beta.push_back(group.beta);
     groups.push_back(std::move(group));
   }
   float* const alpha_device = upload(alpha);
-  float* const beta_device = upload(beta);
-  std::vector<float const*> alpha_pointers, beta_pointers;
+  std::vector<float const*> alpha_pointers;
   for (size_t i = 0; i < groups.size(); ++i) {
     alpha_pointers.push_back(alpha_device + i);
-    beta_pointers.push_back(beta_device + i);
   }
 
   typename Gemm::Arguments arguments{};
@@ -118,10 +108,7 @@ bool run(char const* name, std::vector<Shape<int, int, int>> const& shapes, uint
   mainloop.layout_SFB = upload(layout_sfb);
   auto& epilogue = arguments.epilogue;
   epilogue.thread.alpha_ptr_array = upload(alpha_pointers);
-  epilogue.thread.beta_ptr_array = upload(beta_pointers);
   epilogue.thread.dAlpha = {_0{}, _0{}, 1};
-  epilogue.thread.dBeta = {_0{}, _0{}, 1};
-  epilogue.ptr_C = upload(ptr_c);
   epilogue.ptr_D = upload(ptr_d);
   epilogue.dC = upload(stride_c);
   epilogue.dD = upload(stride_d);
@@ -141,12 +128,12 @@ bool run(char const* name, std::vector<Shape<int, int, int>> const& shapes, uint
     check(cudaMemcpy(d.data(), ptr_d[i], d.size() * sizeof(ElementD), cudaMemcpyDeviceToHost),
           "cudaMemcpy to the host");
     compare(
-        verdict, group.m, group.n, group.k, group.alpha, group.beta, 7,
+        verdict, group.m, group.n, group.k, group.alpha, 0.0, 7,
         [&](int m, int n, int k) {
           return group.a.at(m, k) * group.sfa.at(m, k) * group.b.at(n, k) * group.sfb.at(n, k);
         },
         [&](int m, int n) { return double(float(d[size_t(m) * group.n + n])); },
-        [&](int m, int n) { return double(float(group.c[size_t(m) * group.n + n])); });
+        [](int, int) { return 0.0; });
   }
   return report(name, verdict, Mainloop::DispatchPolicy::Stages);
 }

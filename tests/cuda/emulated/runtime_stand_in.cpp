@@ -69,8 +69,7 @@ cudaError_t launch(void const* function, dim3 grid, dim3 block, size_t shared, v
     std::fprintf(stderr, "a launch of a function that is no kernel of this program\n");
     return ended(cudaErrorInvalidDeviceFunction);
   }
-  uint32_t const sizes[] = {grid.x,  grid.y,  grid.z,          block.x,
-                            block.y, block.z, uint32_t(shared)};
+  uint32_t const sizes[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, uint32_t(shared)};
   return ended(device.launch(found->second.c_str(), sizes, arguments));
 }
 
@@ -81,10 +80,9 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                       CUtensorMapFloatOOBfill fill) {
   static_assert(sizeof(cuuint64_t) == sizeof(uint64_t) && sizeof(cuuint32_t) == sizeof(uint32_t));
   int const modes[] = {interleave, swizzle, promotion, fill};
-  bool const good = device.encode_tiled(map, type, rank, uint64_t(address),
-                                        reinterpret_cast<uint64_t const*>(dims),
-                                        reinterpret_cast<uint64_t const*>(strides), box, steps,
-                                        modes) == 0;
+  bool const good = device.encode_tiled(
+                        map, type, rank, uint64_t(address), reinterpret_cast<uint64_t const*>(dims),
+                        reinterpret_cast<uint64_t const*>(strides), box, steps, modes) == 0;
   return good ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
@@ -297,13 +295,13 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
 
 cudaError_t cudaDeviceSynchronize() { return last_error; }
 
-cudaError_t cudaGetDriverEntryPointByVersion(char const* name, void** function, unsigned, unsigned long long,
+cudaError_t cudaGetDriverEntryPointByVersion(char const* name, void** function, unsigned,
+                                             unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
   std::string const wanted = name;
-  *function = wanted == "cuTensorMapEncodeTiled"
-                  ? reinterpret_cast<void*>(&encode_tiled)
-                  : wanted == "cuDriverGetVersion" ? reinterpret_cast<void*>(&driver_version)
-                                                   : nullptr;
+  *function = wanted == "cuTensorMapEncodeTiled" ? reinterpret_cast<void*>(&encode_tiled)
+              : wanted == "cuDriverGetVersion"   ? reinterpret_cast<void*>(&driver_version)
+                                                 : nullptr;
   auto const status =
       *function != nullptr ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   if (result != nullptr) {
