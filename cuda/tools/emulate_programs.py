@@ -189,11 +189,8 @@ def child(library: str, ptx: str, seed: str, *arguments: str) -> int:
     return status & 255
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["--run"]:
-        return child(*words[1:])
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -206,7 +203,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, metavar="BUDGET", help="start nothing that would end later")
     parser.add_argument("--jobs", type=int, default=2, help="programs at a time (default 2)")
     parser.add_argument("--verbose", action="store_true", help="print what the programs print")
-    args = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["--run"]:
+        return child(*words[1:])
+    args = parse(words)
     try:
         programs = load_programs()
         if args.list:
