@@ -67,7 +67,9 @@ class Outcome:
 def run_once(program: Program, built: Built, seed: int) -> tuple[list[str], list[str]]:
     """Run a program under one schedule, in a process of its own. Problems, and lines printed."""
     arguments = [argument.format(seed=seed) for argument in program.arguments]
-    command = [sys.executable, __file__, "--run", str(built.library), str(built.ptx), str(seed), *arguments]
+    maps = "early" if program.early_maps else "late"
+    command = [sys.executable, __file__, "--run", str(built.library), str(built.ptx), str(seed), maps]
+    command += arguments
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_LIMIT, check=False
@@ -174,14 +176,16 @@ def run_all(programs: list[Program], args: argparse.Namespace) -> int:
     return 1 if failed or not done else 0
 
 
-def child(library: str, ptx: str, seed: str, *arguments: str) -> int:
+def child(library: str, ptx: str, seed: str, maps: str, *arguments: str) -> int:
     """--run: one program, in this process, whose exit status is the program's."""
     sys.path.insert(0, str(ROOT / "runtime"))
     from sm12x.emulator.errors import EmulatorError
     from sm12x_build.emulated_program import run
 
     try:
-        status, emulation = run(Path(library), Path(ptx), arguments, seed=int(seed))
+        status, emulation = run(
+            Path(library), Path(ptx), arguments, seed=int(seed), early_maps=maps == "early"
+        )
     except EmulatorError as error:
         print(error, file=sys.stderr)
         return 1

@@ -43,12 +43,19 @@ class Machine:
             self._programs[text] = module.kernel(next(iter(module.ir.kernels)))
         return self._programs[text]
 
-    def run(self, text, grid, block, params=b"", *, shared=0, seed=0, limit=10_000_000):
+    def run(self, text, grid, block, params=b"", *, shared=0, seed=0, limit=10_000_000, early_maps=False):
         """Launch the only kernel of a PTX text. `grid` and `block` are sizes along x, or three."""
         sizes = [size if isinstance(size, tuple) else (size, 1, 1) for size in (grid, block)]
         content = bytes(params) if isinstance(params, ctypes.Structure) else params
         return launch(
-            self.program(text), *sizes, shared, content, memory=self.memory, seed=seed, segment_limit=limit
+            self.program(text),
+            *sizes,
+            shared,
+            content,
+            memory=self.memory,
+            seed=seed,
+            segment_limit=limit,
+            early_maps=early_maps,
         )
 
     def run_shipped(self, key, grid, params, *, arch="sm_120a", seed=0):

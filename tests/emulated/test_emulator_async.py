@@ -519,7 +519,7 @@ EDIT = """
 """
 
 
-def edited(seed, *, fence=True, drained=True):
+def edited(seed, *, fence=True, drained=True, early_maps=False):
     """Whether loads of the first and of the second tensor, through one map that is edited in between, give
     what they should: with the acquire fence or without, and waiting for the first load before the edit or
     behind it.
@@ -545,7 +545,7 @@ def edited(seed, *, fence=True, drained=True):
         ),
         shared=SHARED,
     )
-    machine.run(text, 1, 32, seed=seed)
+    machine.run(text, 1, 32, seed=seed, early_maps=early_maps)
     found = machine.download(out, (64,), np.uint32)
     expected = np.concatenate([second[:16], np.zeros(16, np.uint32), first])
     return found.tolist() == expected.tolist()
@@ -558,6 +558,11 @@ def test_an_edited_tensor_map_is_seen_behind_an_acquire_fence_only():
 
 def test_a_tensor_map_must_not_be_edited_under_a_load_that_uses_it():
     assert sum(edited(seed, drained=False) for seed in SEEDS) <= 2
+
+
+def test_early_maps_are_those_that_a_load_was_issued_with():
+    assert all(edited(seed, drained=False, early_maps=True) for seed in SEEDS)
+    assert not any(edited(seed, fence=False, early_maps=True) for seed in SEEDS)
 
 
 def test_what_is_no_tensor_map_is_reported_where_it_is_used():

@@ -59,7 +59,7 @@ def test_one_word_of_the_builder_is_changed_and_only_where_it_stands_once(tmp_pa
 
 def emulation(text):
     memory = GlobalMemory()
-    return Emulation(load(text, memory), memory, seed=0, resident=None)
+    return Emulation(load(text, memory), memory, seed=0)
 
 
 def test_a_launch_takes_its_parameters_from_where_the_host_has_them():

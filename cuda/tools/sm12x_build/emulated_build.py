@@ -20,7 +20,7 @@ STAND_IN = FOLDER / "runtime_stand_in.cpp"
 OUTPUT_DIR = ROOT / "build" / "emulated-programs"
 FLAGS = ("-std=c++17", "-O1", "--expt-relaxed-constexpr", "-DNDEBUG", "-Xcompiler", "-fPIC")
 TARGET = "compute_120a"
-_FIELDS = {"name", "file", "example", "entry", "defines", "arguments"}
+_FIELDS = {"name", "file", "example", "entry", "defines", "arguments", "early_maps"}
 _BUILDER = Path("cutlass", "gemm", "collective", "builders", "sm120_blockscaled_mma_builder.inl")
 _UNSIGNED, _SIGNED = "static constexpr auto SFVectorSize =", "static constexpr int SFVectorSize ="
 
@@ -37,6 +37,7 @@ class Program:
     entry: str = ""
     defines: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    early_maps: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def _program(line: dict[str, Any], path: Path) -> Program:
     if unknown or not line.get("name") or len(sources) != 1:
         raise BuildError(f"{path.name}: {line.get('name')}: expected a name and one source, found {line}")
     lists = {key: tuple(line.get(key, ())) for key in ("defines", "arguments")}
-    return Program(line["name"], **{key: line[key] for key in sources}, **lists)
+    early = bool(line.get("early_maps", False))
+    return Program(line["name"], **{key: line[key] for key in sources}, **lists, early_maps=early)
 
 
 def signed_builder(cutlass: Path, folder: Path) -> Path:

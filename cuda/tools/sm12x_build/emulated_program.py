@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sm12x.emulator import tensor_map
-from sm12x.emulator.errors import EmulatorError, Fault
+from sm12x.emulator.errors import Fault
 from sm12x.emulator.launch import SHARED_LIMIT, LoadedModule, launch, load
 from sm12x.emulator.memory import GlobalMemory
 
@@ -66,7 +66,7 @@ class Emulation:
     module: LoadedModule
     memory: GlobalMemory
     seed: int
-    resident: int | None
+    early_maps: bool = False
     launches: list[Launched] = field(default_factory=list)
     error: BaseException | None = None
 
@@ -111,7 +111,7 @@ class Emulation:
                 bytes(parameters),
                 memory=self.memory,
                 seed=self.seed,
-                resident=self.resident,
+                early_maps=self.early_maps,
             )
         except ValueError as error:
             print(error, file=sys.stderr)
@@ -154,17 +154,17 @@ def run(
     *,
     seed: int = 0,
     sms: int = 4,
-    resident: int | None = None,
+    early_maps: bool = False,
 ) -> tuple[int, Emulation]:
     """Run main() of `library` with the kernels of `ptx`; its exit status, and what ran.
 
-    `seed` chooses the emulator's schedule, `sms` is the device's number of SMs, `resident` how many CTAs are
-    let in at a time. A program that calls exit() ends this process with it. Raises EmulatorError where the
-    PTX cannot be read or a kernel broke a rule, OSError where the library needs a function that the stand-in
-    does not have.
+    `seed` chooses the emulator's schedule, `sms` is the device's number of SMs, `early_maps` is what
+    `sm12x.emulator.launch.launch` has under that name. A program that calls exit() ends this process with it.
+    Raises EmulatorError where the PTX cannot be read or a kernel broke a rule, OSError where the library
+    needs a function that the stand-in does not have.
     """
     memory = GlobalMemory()
-    emulation = Emulation(load(ptx.read_text(), memory), memory, seed, resident)
+    emulation = Emulation(load(ptx.read_text(), memory), memory, seed, early_maps)
     functions = {name: kind(getattr(emulation, name)) for name, kind in _TYPES.items()}
     device = _Device(**functions, first_address=_FIRST_ADDRESS, sm_count=sms, shared_bytes=SHARED_LIMIT)
     program = ctypes.CDLL(str(library.resolve()))
@@ -176,6 +176,3 @@ def run(
     if emulation.error is not None:
         raise emulation.error
     return status, emulation
-
-
-__all__ = ["Emulation", "EmulatorError", "Launched", "run"]

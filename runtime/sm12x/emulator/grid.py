@@ -34,9 +34,11 @@ class Grid:
         limit: int,
         number: int,
         resident: int | None = None,
+        early_maps: bool = False,
     ) -> None:
         self.program, self.memory, self.size, self.block = program, memory, size, block
         self.shared_bytes, self.number = shared_bytes, number
+        self.early_maps = early_maps
         self.parameters = Region(0, max(len(parameters), 1), "kernel parameters", read_only=True)
         self.parameters.data[: len(parameters)] = np.frombuffer(parameters, np.uint8)
         self.parameters.shadow[:] = 0

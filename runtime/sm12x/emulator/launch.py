@@ -127,12 +127,15 @@ def launch(
     seed: int = 0,
     segment_limit: int = SEGMENT_LIMIT,
     resident: int | None = None,
+    early_maps: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> LaunchResult:
     """Run a kernel to its end.
 
     `parameters` are the bytes of the kernel's parameters, in PTX's layout; at least as many as it declares.
-    `seed` chooses how warps interleave and when asynchronous operations complete. `progress` is called now
+    `seed` chooses how warps interleave and when asynchronous operations complete. With `early_maps`, a tensor
+    load uses its map as it is when the load is issued, not when it completes: CUTLASS's own array kernels
+    rewrite maps under loads in flight, and only run right this way. `progress` is called now
     and then with the segments that have run.
 
     Raises ValueError for a launch that CUDA would refuse, and EmulatorError where the kernel breaks a rule.
@@ -163,6 +166,7 @@ def launch(
         limit=segment_limit,
         number=next(_numbers),
         resident=resident,
+        early_maps=early_maps,
     )
     with np.errstate(all="ignore"):
         if progress is not None:

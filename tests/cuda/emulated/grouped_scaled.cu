@@ -1,7 +1,5 @@
 // CUTLASS's own block-scaled grouped SM120 kernels: pointers, strides, shapes and scale layouts of
-// every group in device memory, tensor maps edited by the kernel. There is no C: CUTLASS's own
-// ptr-array epilogue rewrites C's tensor map under loads in flight, which the emulator shows as wrong
-// results wherever a CTA goes from one group to the next.
+// every group in device memory, tensor maps edited by the kernel (see programs.toml about that).
 
 #include "gemm_program.hpp"
 

@@ -58,12 +58,12 @@ def read_map(cta: Cta, address: int) -> tensor_map.TensorMap:
 
 
 def _box(
-    cta: Cta, map_address: int, coordinates: tuple[int, ...], shared: int
+    cta: Cta, source: int | tensor_map.TensorMap, coordinates: tuple[int, ...], shared: int
 ) -> tuple[Box, Region | None, int]:
     """The box of a copy, the allocation that its in-bounds part lies in (None where it has none), and its
-    fill.
+    fill. `source` is the address of the map, or the map as it was.
     """
-    found = read_map(cta, map_address)
+    found = read_map(cta, source) if isinstance(source, int) else source
     box = found.box_elements(coordinates, shared)
     region = None
     if box.low < box.high:
@@ -72,8 +72,14 @@ def _box(
     return box, region, int.from_bytes(found.fill_pattern[: min(box.unit, 8)], "little")
 
 
-def _load_box(cta: Cta, map_address: int, coordinates: tuple[int, ...], shared: int, barrier: int) -> None:
-    box, region, fill = _box(cta, map_address, coordinates, shared)
+def _load_box(
+    cta: Cta,
+    source: int | tensor_map.TensorMap,
+    coordinates: tuple[int, ...],
+    shared: int,
+    barrier: int,
+) -> None:
+    box, region, fill = _box(cta, source, coordinates, shared)
     if box.in_bounds is None and region is not None:
         values = region.gather(box.addresses, box.unit)
     else:
@@ -177,7 +183,9 @@ def _tensor_load(i: Instruction, e: Emitter) -> None:
             coordinates = tuple(int(c[lane]) for c in where)
             cta.mbarrier(target)
             cta.in_flight += 1
-            step = _bound(_load_box, cta, map_address, coordinates, shared, target)
+            # Nothing in the ISA says when a copy reads its map, if not before it completes.
+            used = read_map(cta, map_address) if cta.grid.early_maps else map_address
+            step = _bound(_load_box, cta, used, coordinates, shared, target)
             cta.grid.scheduler.submit(Operation(Issuer(i, w, lane), step))
 
     e.call(run, e.address(destination), _base(e, source), e.address(barrier), *_coordinates(i, e, source))
