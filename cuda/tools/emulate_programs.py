@@ -20,6 +20,7 @@ import argparse
 import datetime
 import fnmatch
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -190,7 +191,9 @@ def child(library: str, ptx: str, seed: str, maps: str, *arguments: str) -> int:
         print(error, file=sys.stderr)
         return 1
     print(_MARK + json.dumps([{"grid": each.grid, "seconds": each.seconds} for each in emulation.launches]))
-    return status & 255
+    sys.stdout.flush()
+    # Python ends before the program's destructors, which free device memory, would run.
+    os._exit(status & 255)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
