@@ -470,16 +470,18 @@ EDIT = """
 """
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_loads_before_and_behind_an_edit_of_their_map(seed):
-    """What goes wrong without the fence, or while the first load is in flight, is in planted/."""
+def edited(seed, *, drained=True, early_maps=False):
+    """Whether loads of the first and of the second tensor, through one map that is edited in between, give
+    what they should: waiting for the first load before the edit, or behind it.
+    """
     machine = Machine()
     first, second = np.arange(32, dtype=np.uint32) + 100, np.arange(32, dtype=np.uint32) + 200
     addresses = [machine.upload(data, "data") for data in (first, second)]
     template = machine.upload(np.frombuffer(encoded(addresses[0], (2, 16), (16, 2)), np.uint8), "template")
     out = machine.memory.allocate(256, "out")
     text = kernel(
-        INIT
+        # Undrained, both loads complete the same phase of the barrier.
+        (INIT if drained else INIT.replace("mov.b32 %r59, 1;", "mov.b32 %r59, 2;"))
         + EDIT.format(
             LOAD=LOAD,
             PUBLISH=PUBLISH,
@@ -487,11 +489,24 @@ def test_loads_before_and_behind_an_edit_of_their_map(seed):
             maps=machine.memory.allocate(128, "maps"),
             second=addresses[1],
             out=out,
-            wait_first=wait(n=1),
-            wait_second=wait(parity=1, n=2),
+            wait_first=wait(n=1) if drained else "",
+            wait_second=wait(parity=int(drained), n=2),
         ),
         shared=SHARED,
     )
-    machine.run(text, 1, 32, seed=seed)
+    machine.run(text, 1, 32, seed=seed, early_maps=early_maps)
     found = machine.download(out, (64,), np.uint32)
-    assert found.tolist() == [*second[:16].tolist(), *[0] * 16, *first.tolist()]
+    return found.tolist() == [*second[:16].tolist(), *[0] * 16, *first.tolist()]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_loads_before_and_behind_an_edit_of_their_map(seed):
+    """What goes wrong without the fence, or while the first load is in flight, is in planted/."""
+    assert edited(seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_early_maps_are_those_that_a_load_was_issued_with(seed):
+    with pytest.raises(EmulatorError, match="in flight"):
+        edited(seed, drained=False)
+    assert edited(seed, drained=False, early_maps=True)

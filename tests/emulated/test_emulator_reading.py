@@ -131,7 +131,8 @@ def test_variables_are_laid_out_and_initialised():
         ("wgmma.fence.sync.aligned;", r"wgmma.fence.sync.aligned is not implemented", "wgmma"),
         ("mapa.shared::cta.u32 %r1, %r2, 0;", "not implemented", "mapa"),
         ("add.b32 %r1, %r1, %r2;", "not implemented", "add.b32"),
-        ("ld.global.b128 %rd1, [%rd2];", "not implemented: type .b128", "b128"),
+        ("ld.global.b128 %rd1, [%rd2];", "not implemented: a .b128 result in register %rd1", "b128"),
+        ("ld.global.v2.b128 {%rd1, %rd3}, [%rd2];", "not implemented: a vector of .b128", "b128"),
         ("add.u64 %rd1, %r1, %rd2;", "register %r1 is .b32, not .u64", "add.u64"),
         ("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
          "[%r1], [%rd1, {%r1, %r1}], [%r2], %h1;", "not implemented", "multicast"),

@@ -60,7 +60,7 @@ def test_cases_cover(cases: list[Any], what: str, expected: set[Any]) -> None:
 
 
 def test_cases_cover_fusions_operands_tiles_and_alignment(script: Any, cases: list[Any]) -> None:
-    assert {entry.fusion for entry in cases} == set(script.FUSIONS)
+    assert {entry.fusion for entry in cases} == set(script.FUSION_NAMES)
     assert {(entry.a, entry.b) for entry in cases} == {
         (a, b) for a in ("e4m3", "e5m2") for b in ("e4m3", "e5m2")
     }
@@ -74,7 +74,7 @@ def test_a_program_names_its_case_and_fusion(script: Any, cases: list[Any]) -> N
     for entry in cases:
         text = script.case_program(entry).text
         assert f'"{entry.name}"' in text
-        assert f"run::Fusion::{script.FUSIONS[entry.fusion]};" in text
+        assert f"run::Fusion::{script.FUSION_NAMES[entry.fusion]};" in text
         assert ("true};" in text) == (entry.bias_side == "m")
 
 

@@ -74,6 +74,15 @@ _FUSIONS = {
     "group_scaled_silu": f"sm12x::epilogue::GroupScaledAccEltAct<{_SILU}, ElementD, {{side}}>",
     "silu_residual": "outside::SiluResidual<ElementD, ElementC>",
 }
+# Of those that tests/cuda/run/run_program.hpp can check: their names in its enum Fusion.
+FUSION_NAMES = {
+    "linear_combination": "kLinearCombination",
+    "linear_combination_silu": "kLinearCombinationSilu",
+    "column_bias": "kColumnBias",
+    "group_scaled": "kGroupScaled",
+    "group_scaled_silu": "kGroupScaledSilu",
+    "silu_residual": "kSiluResidual",
+}
 _SIDES = {"n": "sm12x::epilogue::kAlongN", "m": "sm12x::epilogue::kAlongM"}
 _PROBLEMS = {"group": "cutlass::gemm::GroupProblemShape", "array": "cutlass::gemm::ArrayProblemShape"}
 _STAGES = {

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from . import cfg, families
-from .emitter import DTYPES, Emitter, container
+from .emitter import DTYPES, Emitter, container, registers_of
 from .errors import EmulatorError, Fault, Violation
 from .layout import Layout
 from .memory import Region
 from .profile import Profile
-from .ptx.ir import Instruction, Kernel
+from .ptx.ir import Immediate, Instruction, Kernel, Register
 from .registry import Entry, lookup
 from .warp import Split, Wait, Warp, diverge, gather, leave, merge
 
@@ -56,10 +56,15 @@ class Program:
         self.truncate_bits = truncate_bits
         self.uses_tensor_maps = any("tensor" in each.opcode for each in kernel.instructions)
         self.register_kinds = [container(register.type) for register in kernel.registers]
+        # Whether CTAs may take other CTAs out of the launch (clusterlaunchcontrol).
+        self.cancels = any(
+            i.opcode[:2] == ("clusterlaunchcontrol", "try_cancel") for i in kernel.instructions
+        )
         self.entries: list[Entry | None] = [
             None if cfg.ends_block(instruction) else lookup(instruction)
             for instruction in kernel.instructions
         ]
+        self._constants = _constant_registers(kernel)
         self._namespace: dict[str, Any] = dict(_HELPERS)
         self._segment()
         for segment in range(len(self._starts)):
@@ -140,7 +145,13 @@ class Program:
         return self._source(segment, full)[0]
 
     def _source(self, segment: int, full: bool) -> tuple[str, list[int]]:
-        emitter = Emitter(self.layout, self._namespace, full=full, truncate_bits=self.truncate_bits)
+        emitter = Emitter(
+            self.layout,
+            self._namespace,
+            full=full,
+            truncate_bits=self.truncate_bits,
+            constants=self._constants,
+        )
         stop = self._stops[segment]
         ended = False
         if not full and any(map(_is_aligned, self.kernel.instructions[self._starts[segment] : stop])):
@@ -243,6 +254,21 @@ class Program:
             )
             return EmulatorError(error.message, text, line, violation=violation)
         return EmulatorError(f"{type(error).__name__}: {error}", text, line)
+
+
+def _constant_registers(kernel: Kernel) -> dict[int, int]:
+    """Registers, by index, that one unconditional `mov` of an integer is the only thing to write: nvcc puts
+    operands there that PTX wants to be constants. Whatever stands first in an instruction counts as written.
+    """
+    written: dict[int, int | None] = {}
+    for i in kernel.instructions:
+        value = None
+        if i.opcode[0] == "mov" and i.guard is None and isinstance(i.operands[0], Register):
+            source = i.operands[1]
+            value = source.value if isinstance(source, Immediate) and source.bits is None else None
+        for register in registers_of(i.operands[:1]):
+            written[register.index] = None if register.index in written else value
+    return {index: value for index, value in written.items() if value is not None}
 
 
 def _is_aligned(instruction: Instruction) -> bool:

@@ -86,6 +86,7 @@ class Cta:
         self.unfenced: dict[int, Warp] = {}  # warps that initialised mbarriers, by address: see checkers
         self.map_cache: dict[int, bytes] = {}  # tensor maps as this CTA last saw them
         self.visits = [] if grid.counts is None else grid.counts.visits()  # by segment
+        self.cancel_refused = False  # whether a thread has seen that a clusterlaunchcontrol.try_cancel failed
         self.in_flight = 0  # asynchronous operations that still touch the shared memory
         self.threads = grid.block[0] * grid.block[1] * grid.block[2]
         self.alive = self.threads

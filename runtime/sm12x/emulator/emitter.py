@@ -24,17 +24,18 @@ DTYPES: dict[str, Any] = {
     **{f"i{n}": np.dtype(f"i{n}") for n in (1, 2, 4, 8)},
     "f4": np.dtype("f4"),
     "f8": np.dtype("f8"),
+    "u16": np.dtype([("low", "u8"), ("high", "u8")]),
     "pred": np.dtype(bool),
 }
 
 
 def container(kind: str) -> str:
-    """The NumPy type that holds a register of a PTX type: bool, or 16, 32 or 64 unsigned bits."""
+    """The NumPy type that holds a register of a PTX type: bool, 16, 32 or 64 unsigned bits, or two halves of
+    64 each.
+    """
     bits = ir.TYPE_BITS[kind]
     if kind == "pred":
         return "pred"
-    if bits > 64:
-        raise EmulatorError(f"registers of type .{kind} are not implemented")
     return "u2" if bits <= 16 else f"u{bits // 8}"
 
 
@@ -51,9 +52,16 @@ class Emitter:
     """Collects the source of one function of one segment. `full`: for a warp with all 32 lanes active."""
 
     def __init__(
-        self, layout: Layout, namespace: dict[str, Any], *, full: bool, truncate_bits: int | None
+        self,
+        layout: Layout,
+        namespace: dict[str, Any],
+        *,
+        full: bool,
+        truncate_bits: int | None,
+        constants: dict[int, int],
     ) -> None:
         self.layout = layout
+        self.constants = constants  # by index, of registers that never hold anything else
         self.full = full
         self.truncate_bits = truncate_bits
         self.lines: list[str] = []
@@ -210,6 +218,8 @@ class Emitter:
             value = int(number.view(np.uint32)[0])
         elif operand.bits is not None and operand.bits > bits:
             raise self.error(f"a {operand.bits}-bit literal for type .{kind}")
+        if bits > 64:
+            raise self.error(f"a literal of type .{kind}")
         if bits == 8:
             value &= 255
         return self._pattern(container(kind), value)

@@ -38,12 +38,14 @@ class Grid:
         number: int,
         resident: int,
         races: bool = True,
+        early_maps: bool = False,
         counts: Collector | None = None,
         dependency: Dependency | None = None,
     ) -> None:
         self.races = races  # whether accesses of shared memory that nothing orders are looked for
         self.program, self.memory, self.size, self.block = program, memory, size, block
         self.shared_bytes, self.number, self.counts = shared_bytes, number, counts
+        self.early_maps = early_maps
         self.parameters = Region(0, max(len(parameters), 1), "kernel parameters", read_only=True)
         self.parameters.data[: len(parameters)] = np.frombuffer(parameters, np.uint8)
         self.parameters.shadow[:] = 0
@@ -76,6 +78,15 @@ class Grid:
         for warp in cta.warps:
             for split in warp.splits:
                 self.scheduler.add(split)
+
+    def cancel_launch(self) -> tuple[int, int, int] | None:
+        """Take the next CTA that has not been let in out of the launch: its position, None where all are
+        in.
+        """
+        if not self.outside:
+            return None
+        self.outside -= 1
+        return next(self._waiting)
 
     def cta_ended(self, cta: Cta) -> None:
         """A CTA has ended, which makes room for another."""

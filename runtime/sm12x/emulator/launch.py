@@ -23,6 +23,7 @@ from .grid import Grid
 from .layout import lay_out
 from .memory import GlobalMemory, Region
 from .ptx import parse
+from .ptx.inline import inline
 from .ptx.ir import TYPE_BITS, Immediate, Kernel, Module, Symbol, Variable
 
 SHARED_LIMIT = 101_376  # bytes a block may have on SM120 (DESIGN section 2)
@@ -52,7 +53,7 @@ class LoadedModule:
                 raise EmulatorError(
                     f"there is no kernel {name!r}: there are {', '.join(self.ir.kernels) or 'none'}"
                 )
-            kernel = self.ir.kernels[name]
+            kernel = inline(self.ir.kernels[name], self.ir)
             layout = lay_out(kernel, self.ir.variables, self.addresses)
             self._programs[name] = Program(kernel, layout, self.constants, self.truncate_bits)
         return self._programs[name]
@@ -134,6 +135,7 @@ def launch(
     resident: int | None = None,
     cooperative: bool = False,
     races: bool = True,
+    early_maps: bool = False,
     progress: Callable[[int], None] | None = None,
     counts: Collector | None = None,
 ) -> LaunchResult:
@@ -145,6 +147,8 @@ def launch(
     accesses of shared memory that nothing orders are a violation, however they went (checkers.races).
     `progress` is called now and then with the segments that have run. `counts`, a new Collector, has the
     result come with counters.
+    With `early_maps`, a tensor load uses its map as it is when the load is issued, not when it completes:
+    CUTLASS's own array kernels rewrite maps under loads in flight, and only run right this way.
 
     Raises ValueError for a launch that CUDA would refuse, and EmulatorError where the kernel breaks a rule.
     """
@@ -160,6 +164,7 @@ def launch(
         resident=resident,
         cooperative=cooperative,
         races=races,
+        early_maps=early_maps,
         counts=counts,
     )
     try:
@@ -201,6 +206,7 @@ def prepare(
     resident: int | None = None,
     cooperative: bool = False,
     races: bool = True,
+    early_maps: bool = False,
     counts: Collector | None = None,
     dependency: Dependency | None = None,
 ) -> Grid:
@@ -221,6 +227,7 @@ def prepare(
         number=next(_numbers),
         resident=count if cooperative else resident or residents(seed, count),
         races=races,
+        early_maps=early_maps,
         counts=counts,
         dependency=dependency,
     )

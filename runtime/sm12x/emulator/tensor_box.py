@@ -69,7 +69,9 @@ class Layout:
 
     @property
     def transaction_bytes(self) -> int:
-        return self.rows * self.row_bytes
+        """Without the padding between packed values: what CUTLASS's kernels for 6-bit operands expect."""
+        elements, size, _ = self.item
+        return self.rows * (self.counts[0] // elements) * size
 
     @property
     def row_pitch(self) -> int:
@@ -181,8 +183,8 @@ def _rows_inside(layout: Layout, coords: Sequence[int], dims: tuple[int, ...]) -
 def _index(layout: Layout, unit: int, phase: int) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
     """For each entry its distance from the first in global memory, and its offset in shared memory where the
     box begins `phase` bytes behind a multiple of the pattern."""
-    if layout.transaction_bytes > MOST_BYTES:
-        raise ValueError(f"a box of {layout.transaction_bytes} bytes fits no shared memory")
+    if layout.shared_bytes > MOST_BYTES:
+        raise ValueError(f"a box of {layout.shared_bytes} bytes fits no shared memory")
     elements, size, pitch = layout.item
     data = np.arange(layout.counts[0] // elements * size // unit) * unit
     item, within = data // size, data % size

@@ -177,7 +177,9 @@ def encode_tiled(
         l2,
         oob_fill,
     )
-    _check(raw)
+    _check(
+        raw, least_address=0
+    )  # CUTLASS's array kernels encode null, and replace it before they use the map
     return raw.pack()
 
 
@@ -300,7 +302,7 @@ class _Raw:
 @lru_cache(maxsize=1024)
 def _decode(data: bytes) -> TensorMap:
     raw = _Raw.unpack(data, blank=False)
-    _check(raw)
+    _check(raw, least_address=1)
     rank, element = raw.rank, ELEMENTS[raw.data_type]
     box, strides = tuple(raw.box[:rank]), tuple(raw.strides[: rank - 1])
     steps = tuple(raw.element_strides[:rank])
@@ -324,7 +326,7 @@ def _decode(data: bytes) -> TensorMap:
     )
 
 
-def _check(raw: _Raw) -> None:
+def _check(raw: _Raw, *, least_address: int) -> None:
     """The rules of cuTensorMapEncodeTiled, in the order of its reference."""
     _in_range("tensorDataType", raw.data_type, 0, len(ELEMENTS) - 1)
     _in_range("interleave", raw.interleave, 0, 2)
@@ -339,7 +341,7 @@ def _check(raw: _Raw) -> None:
     if interleave and raw.rank < 3:
         raise ValueError(f"tensorRank: expected at least 3 with interleave, got {raw.rank}")
     wide = interleave == 32 or element.padded
-    _in_range("globalAddress", raw.address, 1, 2**64 - 1)
+    _in_range("globalAddress", raw.address, least_address, 2**64 - 1)
     _multiple("globalAddress", raw.address, 32 if wide else 16)
     rank = raw.rank
     for i, size in enumerate(raw.dims[:rank]):

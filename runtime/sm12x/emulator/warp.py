@@ -30,6 +30,7 @@ _POISON = {
     "u2": np.full(32, 0xDEAD, np.uint16),
     "u4": np.full(32, 0xDEADBEEF, np.uint32),
     "u8": np.full(32, 0xDEADBEEFDEADBEEF, np.uint64),
+    "u16": np.full(32, 0xDEADBEEFDEADBEEF, [("low", "u8"), ("high", "u8")]),
 }
 for _array in _POISON.values():
     _array.flags.writeable = False

@@ -62,12 +62,17 @@ def read_map(cta: Cta, address: int) -> tensor_map.TensorMap:
 
 
 def _box(
-    cta: Cta, map_address: int, coordinates: tuple[int, ...], shared: int, *, writes: bool = False
+    cta: Cta,
+    source: int | tensor_map.TensorMap,
+    coordinates: tuple[int, ...],
+    shared: int,
+    *,
+    writes: bool = False,
 ) -> tuple[Box, Region | None, int]:
     """The box of a copy, the allocation that its in-bounds part lies in (None where it has none), and its
-    fill.
+    fill. `source` is the address of the map, or the map as it was.
     """
-    found = read_map(cta, map_address)
+    found = read_map(cta, source) if isinstance(source, int) else source
     box = found.box_elements(coordinates, shared, writes=writes)
     region = None
     if box.low < box.high:
@@ -78,15 +83,16 @@ def _box(
 
 def _load_box(
     issuer: Issuer,
-    map_address: int,
+    source: int | tensor_map.TensorMap,
     coordinates: tuple[int, ...],
     shared: int,
     barrier: int,
     ticket: Ticket | None,
 ) -> None:
     cta = issuer.cta
-    box, region, fill = _box(cta, map_address, coordinates, shared)
-    tensor_maps.done(issuer, map_address)
+    box, region, fill = _box(cta, source, coordinates, shared)
+    if isinstance(source, int):
+        tensor_maps.done(issuer, source)
     if box.in_bounds is None and region is not None:
         values = region.gather(box.addresses, box.unit)
     else:
@@ -212,8 +218,13 @@ def _tensor_load(i: Instruction, e: Emitter) -> None:
             issuer = Issuer(i, w, lane)
             tensor_maps.issue(issuer, map_address)
             cta.in_flight += 1
+            # Nothing in the ISA says when a copy reads its map, if not before it completes.
+            used: int | tensor_map.TensorMap = map_address
+            if cta.grid.early_maps:
+                used = read_map(cta, map_address)
+                tensor_maps.done(issuer, map_address)
             ticket = issue(i, w, lane)
-            step = _bound(_load_box, issuer, map_address, coordinates, shared, target, ticket)
+            step = _bound(_load_box, issuer, used, coordinates, shared, target, ticket)
             cta.grid.scheduler.submit(Operation(issuer, step))
 
     e.call(run, e.address(destination), _base(e, source), e.address(barrier), *_coordinates(i, e, source))

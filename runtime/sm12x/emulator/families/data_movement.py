@@ -6,15 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..emitter import Emitter, container
-from ..errors import Fault
+from ..emitter import DTYPES, Emitter, container
 from ..memory import Array
 from ..ptx.ir import TYPE_BITS, Address, Instruction, Operand, Register, Sink, Vector
 from ..registry import instruction, unsupported
 from ..spaces import LOADS, STORES, WINDOWS, space_of, strong, strong_words
 from ..warp import Split, Warp
 
-_VALUES = {f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)} | {"f32", "f64"}
+_VALUES = {f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)} | {"f32", "f64", "b128"}
 _COUNTS = {"v2": 2, "v4": 4, "v8": 8}
 
 # Modifiers of ld and st that say how soon others see an access, or what to keep in a cache. Memory here is
@@ -35,6 +34,7 @@ _CACHE = {
     "L2::128B",
     "L2::256B",
 }
+_NOWHERE = 0xC1000000  # a shared address, in a CTA that does not exist
 _SPACES = {"global", "shared", "shared::cta", "shared::cluster", "param", "param::entry", "const", "local"}
 
 
@@ -53,7 +53,7 @@ def mov(i: Instruction, e: Emitter) -> None:
 
 def _part(i: Instruction, kind: str, count: int) -> str:
     bits = TYPE_BITS[kind] // count
-    if bits < 16:
+    if bits < 8 or (kind == "b128" and count != 2):
         raise unsupported(i, f"elements of {bits} bits")
     return f"b{bits}"
 
@@ -61,21 +61,37 @@ def _part(i: Instruction, kind: str, count: int) -> str:
 def _unpack(i: Instruction, e: Emitter, elements: tuple[Operand, ...], a: Operand, kind: str) -> None:
     part = _part(i, kind, len(elements))
     bits = TYPE_BITS[part]
+    if kind == "b128":
+        e.line(f"x = {e.value(a, kind).u}")
+        for element, half in zip(elements, ("low", "high"), strict=True):
+            e.assign(element, part, f"x[{half!r}]")
+        return
     e.line(f"x = {e.value(a, kind).u}")  # before any element is written: one of them may be the source
     for at, element in enumerate(elements):
         if not isinstance(element, Sink):
             shifted = f"(x >> {e.constant(container(kind), at * bits)})" if at else "x"
-            e.assign(element, part, f"{shifted}.astype({container(part)})")
+            text = f"{shifted}.astype({container(part)})"
+            e.assign(element, part, f"({text} & {e.constant('u2', 255)})" if bits == 8 else text)
 
 
 def _pack(i: Instruction, e: Emitter, d: Operand, elements: tuple[Operand, ...], kind: str) -> None:
     part = _part(i, kind, len(elements))
     bits, whole = TYPE_BITS[part], container(kind)
+    if kind == "b128":
+        halves = ", ".join(e.value(element, part).u for element in elements)
+        return e.assign(d, kind, f"{e.bind(_joined)}({halves})")
     terms = []
     for at, element in enumerate(elements):
         text = f"{e.value(element, part).u}.astype({whole})"
         terms.append(f"({text} << {e.constant(whole, at * bits)})" if at else text)
     e.assign(d, kind, " | ".join(terms))
+
+
+def _joined(low: Array, high: Array) -> Array:
+    """Two halves of 64 bits as values of 128."""
+    found = np.empty(low.shape, DTYPES["u16"])
+    found["low"], found["high"] = low, high
+    return found
 
 
 def _access(i: Instruction) -> tuple[str, int, str]:
@@ -88,6 +104,8 @@ def _access(i: Instruction) -> tuple[str, int, str]:
             count = _COUNTS[word]
         elif word not in _ORDER | _CACHE | _SPACES and not word.startswith("L1::"):
             raise unsupported(i, f"modifier .{word}")
+    if kind == "b128" and count > 1:
+        raise unsupported(i, "a vector of .b128")
     return space_of(i), count, kind
 
 
@@ -109,7 +127,10 @@ def loader(space: str, width: int, count: int) -> Callable[..., Array]:
     def run_bytes(w: Warp, _s: Split, lanes: Array | None, address: Array) -> Array:
         return load(w, lanes, address, 1, count).astype(np.uint16)
 
-    return run_bytes if width == 1 else run
+    def run_halves(w: Warp, _s: Split, lanes: Array | None, address: Array) -> Array:
+        return _joined(*load(w, lanes, address, 8, 2))
+
+    return run_halves if width == 16 else run_bytes if width == 1 else run
 
 
 def storer(space: str, width: int, count: int) -> Callable[..., None]:
@@ -125,6 +146,11 @@ def storer(space: str, width: int, count: int) -> Callable[..., None]:
     def run_vector(w: Warp, _s: Split, lanes: Array | None, address: Array, *values: Array) -> None:
         store(w, lanes, address, np.array(values).astype(f"u{width}", copy=False), width, count)
 
+    def run_halves(w: Warp, _s: Split, lanes: Array | None, address: Array, value: Array) -> None:
+        store(w, lanes, address, np.array([value["low"], value["high"]]), 8, 2)
+
+    if width == 16:
+        return run_halves
     return run_vector if count > 1 else run_bytes if width == 1 else run
 
 
@@ -190,18 +216,17 @@ def isspacep(i: Instruction, e: Emitter) -> None:
 
 @instruction("mapa")
 def mapa(i: Instruction, e: Emitter) -> None:
-    """Shared memory of a CTA of the cluster. Clusters have one CTA, whose own address it is."""
+    """Shared memory of a CTA of the cluster. Clusters have one CTA, whose own address it is; for any other
+    the address is one that no shared memory has. CUTLASS asks with every lane, and then uses few.
+    """
     kind = i.opcode[-1]
     if kind not in ("u32", "u64") or i.opcode[1:-1] not in ((), ("shared::cluster",)):
         raise unsupported(i)
     d, a, b = i.operands
-    e.call(_own_rank, e.value(b, "u32").u)
-    e.assign(d, kind, e.value(a, kind).u)
-
-
-def _own_rank(_w: Warp, _s: Split, lanes: Array | None, rank: Array) -> None:
-    if np.count_nonzero(rank if lanes is None else rank[lanes]):
-        raise Fault("cluster", "mapa of another CTA: clusters larger than 1 are not emulated")
+    generic = kind == "u64" and "shared::cluster" not in i.opcode
+    nowhere = e.constant(container(kind), _NOWHERE + (WINDOWS["shared"] if generic else 0))
+    own = f"{e.value(b, 'u32').u} == {e.constant('u4', 0)}"
+    e.assign(d, kind, f"where({own}, {e.value(a, kind).u}, {nowhere})")
 
 
 @instruction("getctarank")

@@ -14,7 +14,7 @@ from ..memory import Array
 from ..numerics import matrix as matrix_numerics
 from ..numerics import mma as mma_numerics
 from ..numerics.unsupported import Unsupported
-from ..ptx.ir import Immediate, Instruction, Operand, Vector
+from ..ptx.ir import Immediate, Instruction, Operand, Register, Vector
 from ..registry import instruction, unsupported
 from ..spaces import aligned, space_of
 from ..warp import Split, Warp
@@ -78,10 +78,17 @@ def _scales(i: Instruction, e: Emitter, operands: list[Operand]) -> tuple[list[s
         raise unsupported(i)
     data = [e.value(_elements(i, operand)[0], "b32").u for operand in operands[::2]]
     chosen = [x for operand in operands[1::2] for x in _elements(i, operand)]
-    constants = [x.value for x in chosen if isinstance(x, Immediate)]
+    constants = [value for x in chosen if (value := _constant(e, x)) is not None]
     if len(constants) != 4:
         raise unsupported(i, "selectors that are no constants")
     return data, tuple(constants)
+
+
+def _constant(e: Emitter, operand: Operand) -> int | None:
+    """The integer that an operand always is, None where it may change."""
+    if isinstance(operand, Register):
+        return e.constants.get(operand.index)
+    return operand.value if isinstance(operand, Immediate) else None
 
 
 def _batched(

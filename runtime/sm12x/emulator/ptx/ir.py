@@ -159,7 +159,9 @@ class Variable:
 
 @dataclass(slots=True)
 class Kernel:
-    """An `.entry`. `directives` holds the performance directives, such as {"maxntid": (384, 1, 1)}."""
+    """An `.entry`, or a `.func`, which may have results. `directives` holds the performance directives, such
+    as {"maxntid": (384, 1, 1)}.
+    """
 
     name: str
     line: int
@@ -169,15 +171,16 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     tables: dict[str, tuple[int, ...]] = field(default_factory=dict)
     directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    results: list[Variable] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Module:
-    """A PTX text. `functions` are the names of `.func`s, which the emulator cannot call."""
+    """A PTX text. `functions` are the `.func`s by name, None for those without a body."""
 
     version: tuple[int, int] = (0, 0)
     target: tuple[str, ...] = ()
     address_size: int = 64
     variables: dict[str, Variable] = field(default_factory=dict)
     kernels: dict[str, Kernel] = field(default_factory=dict)
-    functions: set[str] = field(default_factory=set)
+    functions: dict[str, Kernel | None] = field(default_factory=dict)

@@ -98,14 +98,35 @@ class _Parser(Reader):
                 self._module.variables[variable.name] = variable
 
     def _function(self) -> None:
-        if self._accept("("):
-            while not self._accept(")"):
-                self._next()
-        self._module.functions.add(self._word())
+        function = ir.Kernel("", self._token.line)
+        self._kernel, self._scope = function, Scope(function, None)
+        function.results = self._formal(self._scope)
+        function.name = self._word()
+        function.parameters = self._formal(self._scope)
+        self._module.functions.setdefault(function.name, None)
         while self._token.text not in ("{", ";"):
             self._next()
         if self._next().text == "{":
-            self._skip_block()
+            self._block(self._scope)
+            self._module.functions[function.name] = function
+        self._kernel, self._scope = None, None
+
+    def _formal(self, scope: Scope) -> list[ir.Variable]:
+        """`(.param .type name, ...)`, or nothing: parameters or results."""
+        found: list[ir.Variable] = []
+        if not self._accept("("):
+            return found
+        while not self._accept(")"):
+            space = self._next().text[1:]
+            align, lanes, kind = self._variable_type()
+            variable = self._variable(space, kind, align, lanes, False)
+            found.append(variable)
+            if space == "reg":
+                scope.declare(variable.name, kind)
+            else:
+                scope.kernel.variables[variable.name] = variable
+            self._accept(",")
+        return found
 
     # Variables
 
@@ -179,14 +200,7 @@ class _Parser(Reader):
     def _entry(self) -> None:
         kernel = ir.Kernel(self._word(), self._token.line)
         self._kernel, self._scope = kernel, Scope(kernel, None)
-        if self._accept("("):
-            while not self._accept(")"):
-                space = self._next().text[1:]
-                align, lanes, kind = self._variable_type()
-                variable = self._variable(space, kind, align, lanes, False)
-                kernel.parameters.append(variable)
-                kernel.variables[variable.name] = variable
-                self._accept(",")
+        kernel.parameters = self._formal(self._scope)
         while self._token.kind == "directive":
             self._kernel_directive(kernel)
         if self._accept(";"):
@@ -249,7 +263,7 @@ class _Parser(Reader):
             self._registers(scope)
         elif name in _SPACES:
             for variable in self._variables(False):
-                scope.kernel.variables[variable.name] = variable
+                scope.declare_variable(variable)
         elif name in ("pragma", "loc", "file"):
             self._skip_line(self._next())
         else:
@@ -347,9 +361,10 @@ class _Parser(Reader):
             return ir.Immediate(32)
         if name.startswith("%"):
             raise self._error(f"no register is named {name!r}", token)
-        if name in self._scope.kernel.variables or name in self._module.variables:
+        variable = self._scope.variable(name)
+        if variable is not None or name in self._module.variables:
             offset = self._integer() if self._accept("+") else 0
-            return ir.Symbol(name, offset)
+            return ir.Symbol(variable or name, offset)
         if name in self._module.functions:
             return ir.Symbol(name)
         return Unresolved(name, token.line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import ir
 
@@ -29,6 +29,7 @@ class Scope:
         self.tables: dict[str, list[str]] = {}
         self.unresolved: list[int] = []  # instructions with operands that wait for a label
         self._registers: dict[str, ir.Register] = {}
+        self._variables: dict[str, str] = {}  # of calls: the kernel's names for them
 
     def declare(self, name: str, kind: str) -> ir.Register:
         register = ir.Register(name, kind, len(self.kernel.registers))
@@ -50,6 +51,26 @@ class Scope:
                     return scope.declare(name, kind)
             scope = scope.parent
         return None
+
+    def declare_variable(self, variable: ir.Variable) -> None:
+        """A variable of the kernel. Those in `.param` space are the arguments of calls, which have the same
+        names in many blocks: each gets a name of its own, and a place in local memory.
+        """
+        variables = self.kernel.variables
+        if variable.space == "param":
+            given = f"{self.kernel.name}:{variable.name}:{len(variables)}"
+            self._variables[variable.name] = given
+            variable = replace(variable, name=given, space="local")
+        variables[variable.name] = variable
+
+    def variable(self, name: str) -> str | None:
+        """The kernel's name for a variable of that name, here or further out."""
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope._variables:
+                return scope._variables[name]
+            scope = scope.parent
+        return name if name in self.kernel.variables else None
 
     def close(self) -> Unresolved | None:
         """Resolve what is known at the end of the block and hand the rest to the parent; returns a name
