@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from sm12x import manifest
-from sm12x.emulator.collector import Collector
+from sm12x.emulator.counting.collector import Collector
 from sm12x.emulator.launch import launch, load
 from sm12x.emulator.memory import GlobalMemory
 from sm12x.emulator.shipped import read_ptx

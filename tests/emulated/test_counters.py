@@ -8,7 +8,7 @@ import pytest
 from emulated.kernels import Machine, kernel, line_of
 from emulated.test_emulator_async import INIT, LOAD, SHARED, wait
 from sm12x.emulator import EmulatorError, tensor_map
-from sm12x.emulator.access_patterns import phase_lanes, sectors, wavefronts
+from sm12x.emulator.counting.access_patterns import phase_lanes, sectors, wavefronts
 
 BOX = ".shared .align 1024 .b8 box[32768];"
 

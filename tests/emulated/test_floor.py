@@ -8,10 +8,10 @@ import pytest
 
 from emulated import stand_in
 from sm12x.cli import demo_gpu, main
-from sm12x.emulator.counters import Counters, Work, total
+from sm12x.emulator.counting.counters import Counters, Work, total
+from sm12x.emulator.counting.floor import floor_of
+from sm12x.emulator.counting.touched import Touched
 from sm12x.emulator.devices import GPUS, find
-from sm12x.emulator.floor import floor_of
-from sm12x.emulator.touched import Touched
 from sm12x.ops import emulated
 
 RTX5090, GB10 = find("rtx5090"), find("gb10")

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sm12x.emulator import Session
-from sm12x.emulator.counters import Counters, total
+from sm12x.emulator.counting.counters import Counters, total
+from sm12x.emulator.counting.floor import WARPS_PER_CLOCK, Floor, floor_of
 from sm12x.emulator.devices import Gpu
-from sm12x.emulator.floor import WARPS_PER_CLOCK, Floor, floor_of
 
 NOTE = "a bound from counted work with a cold L2, not a measurement"
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .checkers.dependents import Dependency, Recorder
-from .collector import Collector
 from .compiler import Program
+from .counting.collector import Collector
 from .errors import EmulatorError
 from .grid import Grid
 from .launch import SEGMENT_LIMIT, LaunchResult, check, prepare, result_of

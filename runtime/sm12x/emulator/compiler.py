@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from . import cfg, families
+from .counting.profile import Profile
 from .emitter import DTYPES, Emitter, container, registers_of
 from .errors import EmulatorError, Fault, Violation
 from .layout import Layout
 from .memory import Region
-from .profile import Profile
 from .ptx.ir import Immediate, Instruction, Kernel, Register
 from .registry import Entry, lookup
 from .warp import Split, Wait, Warp, diverge, gather, leave, merge

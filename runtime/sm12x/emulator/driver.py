@@ -26,8 +26,8 @@ from .. import driver as runtime
 from .. import manifest
 from . import devices, launches, session, shipped, tensor_map
 from .chain import Link
-from .collector import Collector
 from .compiler import Program
+from .counting.collector import Collector
 from .errors import Fault
 from .launch import LoadedModule, launch, load
 from .memory import GlobalMemory

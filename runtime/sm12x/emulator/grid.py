@@ -15,8 +15,8 @@ from .warp import Split
 
 if TYPE_CHECKING:
     from .checkers.dependents import Dependency
-    from .collector import Collector
     from .compiler import Program
+    from .counting.collector import Collector
 
 
 class Grid:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .checkers.dependents import Dependency
-from .collector import Collector
 from .compiler import Program
-from .counters import Counters
+from .counting.collector import Collector
+from .counting.counters import Counters
 from .errors import EmulatorError
 from .grid import Grid
 from .layout import lay_out

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from . import devices
-from .touched import Touched
+from .counting.touched import Touched
 
 if TYPE_CHECKING:
-    from .counters import Counters
+    from .counting.counters import Counters
     from .launch import LaunchResult
 
 

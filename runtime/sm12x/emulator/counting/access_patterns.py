@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import Array
+from ..memory import Array
 
 BANKS = 32
 BANK_BYTES = 4

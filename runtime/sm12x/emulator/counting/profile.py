@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import cfg
+from .. import cfg
 from . import instruction_classes as classes
 
 if TYPE_CHECKING:
-    from .compiler import Program
-    from .ptx.ir import Kernel
+    from ..compiler import Program
+    from ..ptx.ir import Kernel
 
 
 class Profile:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .ptx.ir import TYPE_BITS, Instruction
-from .registry import Entry
-from .spaces import space_of
+from ..ptx.ir import TYPE_BITS, Instruction
+from ..registry import Entry
+from ..spaces import space_of
 
 MEMORY = ("ld", "ldu", "st", "atom", "red")
 _BY_NAME = ("matrix", "data_movement")

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..families.matrix import rows_of
+from ..memory import SHARED_WINDOW, WINDOW_BYTES, Array, GlobalMemory, Region
+from ..ptx.ir import Instruction
+from ..spaces import space_of
+from ..warp import ALL, Split
 from . import instruction_classes as classes
 from .access_patterns import MATRIX_ROWS, phase_lanes, sectors, wavefronts
 from .counters import Copies, Counters, GlobalAccess, LineCounts, SharedAccess, Waits, Work
-from .families.matrix import rows_of
-from .memory import SHARED_WINDOW, WINDOW_BYTES, Array, GlobalMemory, Region
-from .ptx.ir import Instruction
-from .spaces import space_of
 from .touched import LOADED, STORED, Touched
-from .warp import ALL, Split
 
 if TYPE_CHECKING:
-    from .compiler import Program
+    from ..compiler import Program
 
 _BATCH = 512  # accesses of one instruction that are looked at together
 _SHARED = {"ldmatrix": "ldmatrix", "stmatrix": "stmatrix", "ld": "ld", "ldu": "ld", "st": "st"}

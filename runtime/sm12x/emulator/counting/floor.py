@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..devices import Gpu, MmaRate
 from .counters import Counters
-from .devices import Gpu, MmaRate
 
 WARPS_PER_CLOCK = 4  # that an SM issues instructions of: it has 4 schedulers
 

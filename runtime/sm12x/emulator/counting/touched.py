@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import Array, GlobalMemory, Region
+from ..memory import Array, GlobalMemory, Region
 
 LOADED, STORED = "loaded", "stored"
 _LONGEST = 32  # bytes of the longest item that is marked at once
