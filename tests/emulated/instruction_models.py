@@ -211,7 +211,9 @@ def shuffled(mode: str, warp: Sequence[Row], members: int) -> list[list[int]]:
             "idx": (lane & segment) | (step & ~segment),
         }[mode]
         inside = source >= most if mode == "up" else source <= most
-        results.append([warp[source][0] if inside else value, int(inside)])
+        if inside:  # the forms put 0 for what a lane that is no member has
+            value = warp[source][0] if members >> source & 1 else 0
+        results.append([value, int(inside)])
     return results
 
 

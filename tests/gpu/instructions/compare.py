@@ -98,7 +98,7 @@ def _approximation(
     ulp = np.exp2(np.maximum(np.floor(np.log2(np.maximum(magnitude, smallest))), 1 - bias) - fraction_bits)
     bound = np.maximum(np.maximum(rule.relative * magnitude, rule.absolute), rule.ulps * ulp)
     # a result is a number of the type: half a unit of its last place is never the function's error
-    bound = bound + ulp / 2
+    bound = bound + ulp / 2 + np.where(magnitude < smallest, rule.subnormal_ulps * ulp, 0.0)
     special = ~np.isfinite(exact) | (exact == 0)
     inside = np.ones(exact.shape, bool) if rule.inside is None else rule.inside(*inputs)
     largest = 2.0**bias * (2 - 2.0**-fraction_bits)

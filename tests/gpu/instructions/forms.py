@@ -34,7 +34,8 @@ class Form:
     ... are the operands and `{d0}`, ... the results, in registers of the widths of `operands` and `results`;
     `{memory}` is the 64-bit address of 64 bytes of global memory of the thread's own, `{box}` the 32-bit
     address of 64 bytes of shared memory of the thread's own, `{warp_memory}` and `{warp_box}` those of lane
-    0. %t, %q and %c are 32-bit, 64-bit and predicate registers for the rest, %my_lane the lane.
+    0, `{source}` the 64-bit address of the first operand, in memory that no kernel writes. %t, %q and %c are
+    32-bit, 64-bit and predicate registers for the rest, %my_lane the lane.
     """
 
     name: str

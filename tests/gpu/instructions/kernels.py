@@ -71,6 +71,8 @@ def _kernel(form: Form, name: str, count: int) -> str:
                 f"setp.ne.u32 {place}, 0, 0;" if kind in PREDICATES else f"mov.b{width(kind)} {place}, 0;"
             )
     special = {n: f"%{n}" for n in ("memory", "box", "warp_memory", "warp_box")}
+    if form.operands:
+        special["source"] = f"%from{width(form.operands[0])}"
     lines.append(_filled(form.code, places | special))
     for bits in sorted({width(kind) for kind in form.results}):
         lines += [f"mul.wide.u32 %to{bits}, %index, {bits // 8};", f"add.u64 %to{bits}, %to{bits}, %out;"]

@@ -32,6 +32,8 @@ class Approximation:
     absolute: float = 0.0
     ulps: float = 0.0
     ftz: bool = False
+    # units in the last place more for subnormal results: see `tables.approximate`
+    subnormal_ulps: float = 0.0
     # the operands of which the ISA says something; results of others are not compared
     inside: Callable[..., Any] | None = None
 

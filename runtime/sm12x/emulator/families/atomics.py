@@ -1,7 +1,8 @@
 """Atomic operations (PTX ISA, "atom", "red"). Lanes follow each other in order.
 
 A sum of f32 in global memory takes subnormal operands as zeros and gives zeros for subnormal results; in
-shared memory it does not.
+shared memory it does not. A sum of f64 in global memory passes a NaN on as it is, signalling or not, the
+operand's before that in memory; in shared memory it is a loop around an add of the operand and the old value.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def _atomic(space: str, name: str, kind: str) -> Callable[..., Array]:
             one = np.array([lane])
             old = load(w, one, address, width, 1)
             if operation is None:
-                flushed = kind == "f32" and _is_global(space, int(address[lane]))
-                value = _sum(kind, flushed, old, operands[0][one]).view(number)[0]
+                is_global = _is_global(space, int(address[lane]))
+                value = _sum(kind, is_global, old, operands[0][one]).view(number)[0]
             else:
                 value = operation(old.view(number)[0], *(x.view(number)[lane] for x in operands))
             store(w, one, address, np.full(32, value, number).view(bits), width, 1)
@@ -83,12 +84,16 @@ def _is_global(space: str, address: int) -> bool:
     return space == "global" or (space == "generic" and address < SHARED_WINDOW)
 
 
-def _sum(kind: str, flushed: bool, old: Array, operand: Array) -> Array:
+def _sum(kind: str, is_global: bool, old: Array, operand: Array) -> Array:
     """Bits of the sum of the bits of two numbers, rounded to nearest even."""
-    terms = (old, operand)
+    terms = (operand, old)
+    flushed = is_global and kind == "f32"
     if flushed:
-        terms = (bitwise.flush(kind, old), bitwise.flush(kind, operand))
+        terms = (bitwise.flush(kind, operand), bitwise.flush(kind, old))
     total = arith.lookup("add", kind, None, frozenset())(*terms)
+    if is_global and kind == "f64":
+        for nan in (old, operand):
+            total = np.where(bitwise.is_nan(kind, nan), nan, total)
     return bitwise.flush(kind, total) if flushed else total
 
 

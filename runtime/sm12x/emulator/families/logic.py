@@ -229,11 +229,21 @@ def bfe(i: Instruction, e: Emitter) -> None:
 
 
 def _field(a: Array, position: Array, length: Array) -> tuple[Array, Array, Array]:
-    """The field at bit 0 as uint64, its position and length (at most 255 each) as uint64."""
-    at, size = (position & 255).astype(np.uint64), (length & 255).astype(np.uint64)
+    """The field at bit 0 as uint64, its position and length as uint64."""
+    at, size = _place(a, position, length)
     wide = a.astype(np.uint64)
     shifted = np.where(at < 64, wide >> np.minimum(at, np.uint64(63)), np.uint64(0))
     return shifted & _ones(size), at, size
+
+
+def _place(a: Array, position: Array, length: Array) -> tuple[Array, Array]:
+    """Position and length of a field as uint64.
+
+    The ISA takes 8 bits of each ("pos = b & 0xff"), and so does hardware for operands of 32 bits. Those of
+    64 are shifted by all 32 bits, clamped (H200; sm_90a and sm_120a alike in SASS): 256 is beyond them all.
+    """
+    kept = np.uint32(255 if a.dtype.itemsize == 4 else 0xFFFFFFFF)
+    return (position & kept).astype(np.uint64), (length & kept).astype(np.uint64)
 
 
 def _ones(count: Array) -> Array:
@@ -267,7 +277,7 @@ def bfi(i: Instruction, e: Emitter) -> None:
 
 
 def _insert(a: Array, b: Array, position: Array, length: Array) -> Array:
-    at, size = (position & 255).astype(np.uint64), (length & 255).astype(np.uint64)
+    at, size = _place(a, position, length)
     inside = at < np.uint64(8 * a.dtype.itemsize)
     shift = np.minimum(at, np.uint64(63))
     field = np.where(inside, _ones(size) << shift, np.uint64(0))

@@ -1,7 +1,9 @@
 """The ``.approx`` and ``.full`` instructions: float64 functions rounded once, within the ISA's errors.
 
 PTX ISA 9.3, 9.7.3.8, 9.7.3.13 to 9.7.3.22, 9.7.4.9, 9.7.4.10. The hardware's own last bits are not
-documented and are not imitated; special inputs give what the tables of the ISA say.
+documented and are not imitated; special inputs give what the tables of the ISA say. ``ex2.approx.f16`` cuts
+subnormal results off: of the H200's results for all 65536 operands, 300 are then further from the exact
+function than 2^-9.9 of it and half a unit, and those are the ones that were.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ def function(op: str, type_: str, kind: str, ftz: bool) -> Callable[..., Array]:
     def run(*operands: Array) -> Array:
         if ftz:
             operands = tuple(bitwise.flush(type_, x) for x in operands)
-        result = encode(type_, evaluate(*(decode(type_, x) for x in operands)))
+        values = evaluate(*(decode(type_, x) for x in operands))
+        result = encode(type_, values)
+        if (op, type_) == ("ex2", "f16"):
+            result = np.where(values < 2.0**-14, encode(type_, values, "rz"), result)
         return bitwise.flush(type_, result) if ftz else result
 
     return run

@@ -163,8 +163,7 @@ def _rounded(op: str, type_: str, rounding: str, flags: frozenset[str]) -> Funct
         if ftz:
             operands = tuple(bitwise.flush(type_, x) for x in operands)
         values = exact(*(decode(type_, x) for x in operands))
-        result = encode(type_, values, rounding, sat=sat, relu=relu)
-        return bitwise.flush(type_, result) if ftz else result
+        return encode(type_, values, rounding, sat=sat, relu=relu, ftz=ftz)
 
     return run
 

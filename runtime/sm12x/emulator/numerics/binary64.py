@@ -1,7 +1,7 @@
 """Double precision in every rounding mode: native where hardware does the same, else exact rationals.
 
-PTX ISA 9.3, 9.7.3.3 to 9.7.3.15. NaN operands are passed on, made quiet, the first of them first; an
-invalid operation gives 0xfff8000000000000.
+PTX ISA 9.3, 9.7.3.3 to 9.7.3.15. Of NaN operands one is passed on, made quiet; of several the one that
+the H200 passes on, see ``_PRIORITY`` (open in the ISA). An invalid operation gives 0xfff8000000000000.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from functools import cache
 import numpy as np
 
 from sm12x.emulator.numerics.arrays import Array
+from sm12x.emulator.numerics.bitwise import quiet_double
 
-_QUIET = np.uint64(1 << 51)
 _DEFAULT_NAN = np.uint64(0xFFF8000000000000)
+
+# Which operand's NaN is the result, the first choice first. DADD, DMUL and DFMA look at the second operand
+# before the others, and DFMA at its first operand last; a division is a routine that looks at the dividend.
+_PRIORITY = {"add": (1, 0), "sub": (1, 0), "mul": (1, 0), "fma": (1, 2, 0), "div": (0, 1)}
 
 _NATIVE: dict[str, Callable[..., Array]] = {
     "add": np.add,
@@ -45,8 +49,8 @@ def function(op: str, rounding: str) -> Callable[..., Array]:
         special = np.isnan(result)
         if special.any():
             bits = np.where(special, _DEFAULT_NAN, bits)
-            for operand, value in reversed(list(zip(operands, values, strict=True))):
-                bits = np.where(np.isnan(value), operand | _QUIET, bits)
+            for at in reversed(_PRIORITY.get(op, (0,))):
+                bits = np.where(np.isnan(values[at]), quiet_double(operands[at]), bits)
         return bits
 
     return run

@@ -41,6 +41,12 @@ def is_nan(type_: str, bits: Array) -> Array:
     return found
 
 
+def quiet_double(bits: Array) -> Array:
+    """NaN of f64 made quiet, with their sign and the rest of their payload."""
+    quiet: Array = bits | np.uint64(1 << 51)
+    return quiet
+
+
 def canonical(type_: str) -> Callable[[Array], Array]:
     """The identity, but for NaN, which become the canonical one."""
     masks = _masks(type_)
@@ -55,7 +61,8 @@ def canonical(type_: str) -> Callable[[Array], Array]:
 def sign_operation(op: str, type_: str, ftz: bool) -> Callable[..., Array]:
     """``neg``, ``abs`` or ``copysign``.
 
-    A NaN stays as it is in f64 and becomes the canonical NaN in the other types (open in the ISA).
+    A NaN becomes the canonical one, in f64 a quiet one of the same sign and payload (open in the ISA): neg
+    and abs are additions of -0 in hardware.
     """
     masks = _masks(type_)
 
@@ -68,7 +75,8 @@ def sign_operation(op: str, type_: str, ftz: bool) -> Callable[..., Array]:
             a = flush(type_, a)
         result: Array = a ^ masks.sign if op == "neg" else a & masks.magnitude
         special = is_nan(type_, a)
-        return np.where(special, a if type_ == "f64" else masks.nan, result) if special.any() else result
+        nan = quiet_double(a) if type_ == "f64" else masks.nan
+        return np.where(special, nan, result) if special.any() else result
 
     return copysign if op == "copysign" else run
 
@@ -91,7 +99,7 @@ def extremum(op: str, type_: str, flags: frozenset[str]) -> Callable[..., Array]
         if "NaN" in flags:
             return np.where(nan_a | nan_b, masks.nan, result)
         # of two NaN, f64 gives the second, made quiet
-        both = b | np.uint64(1 << 51) if type_ == "f64" else masks.nan
+        both = quiet_double(b) if type_ == "f64" else masks.nan
         return np.where(nan_a, np.where(nan_b, both, b), np.where(nan_b, a, result))
 
     def run(*operands: Array) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sm12x.emulator.numerics import bitwise, convert_packed, integers
 from sm12x.emulator.numerics.arrays import Array
-from sm12x.emulator.numerics.formats import decode, encode
+from sm12x.emulator.numerics.formats import decode, encode, format_of
 from sm12x.emulator.numerics.integers import INTEGERS, Integer
 from sm12x.emulator.numerics.rounding import to_odd
 from sm12x.emulator.numerics.unsupported import Unsupported
@@ -96,29 +96,49 @@ def _float_to_float(destination: str, source: str, rounding: str | None, flags: 
         return bitwise.canonical(destination) if destination in ("f16", "bf16") else lambda a: a
     if destination == "tf32" and rounding == "rna":
         return _nearest_away_tf32(satfinite)
-    if (destination, source) == ("f32", "bf16") and not sat:
-        # no arithmetic: a NaN keeps its payload
-        def shift(a: Array) -> Array:
-            bits = a.astype(np.uint32) << np.uint32(16)
-            return bitwise.flush("f32", bits) if ftz else bits
-
-        return shift
+    if (destination, source) == ("f32", "bf16") and not (sat or ftz):
+        return lambda a: a.astype(np.uint32) << np.uint32(16)  # no arithmetic: a NaN keeps its payload
     if (destination, source, rounding) == ("bf16", "f32", "rn") and not flags:
         return convert_packed.nearest_bf16
     integral = rounding if rounding in _INTEGER_ROUNDINGS else None
     mode = "rn" if integral or rounding is None else rounding
 
+    # To f16, ptxas drops .ftz: rounded up or down, a subnormal f32 becomes the smallest number of f16, where
+    # the ISA has a zero ("subnormal inputs are flushed to sign-preserving zero").
+    flushed = ftz and source == "f32" and destination != "f16"
+    # conversions from and to f64 pass a NaN on, others make it canonical
+    keeps_nan = "f64" in (destination, source) and destination != source and not (sat or flushed)
+
     def run(a: Array) -> Array:
         if source == "f32":
             a = a.astype(np.uint32, copy=False)
-            a = bitwise.flush("f32", a) if ftz else a
+            # a multiplication by 1, which makes a NaN canonical
+            a = bitwise.canonical("f32")(bitwise.flush("f32", a)) if flushed else a
         values = decode(source, a)
         if integral:
             values = integers.to_integral(values, integral)
-        result = encode(destination, values, mode, sat=sat, satfinite=satfinite, relu=relu)
-        return bitwise.flush("f32", result) if ftz and destination == "f32" else result
+        flush = ftz and destination == "f32"
+        result = encode(destination, values, mode, sat=sat, satfinite=satfinite, relu=relu, ftz=flush)
+        return _with_nan(destination, source, a, result) if keeps_nan else result
 
     return run
+
+
+def _with_nan(destination: str, source: str, a: Array, result: Array) -> Array:
+    """``result`` with the NaN of ``a``, made quiet: the sign and the upper bits of the fraction for which
+    there is room (open in the ISA, as the H200 does it).
+    """
+    special = bitwise.is_nan(source, a)
+    if not special.any():
+        return result
+    to, form = format_of(destination), format_of(source)
+    wide = a.astype(np.uint64)
+    sign = wide >> np.uint64(form.bits - 1) << np.uint64(to.bits - 1)
+    fraction = wide & np.uint64((1 << form.fraction_bits) - 1)
+    room = to.fraction_bits - form.fraction_bits
+    fraction = fraction << np.uint64(room) if room > 0 else fraction >> np.uint64(-room)
+    quiet = np.uint64(to.maximum + 1 | 1 << to.fraction_bits - 1)
+    return np.where(special, (sign | quiet | fraction).astype(to.storage), result)
 
 
 def _nearest_away_tf32(satfinite: bool) -> Function:

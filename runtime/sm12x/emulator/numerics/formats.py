@@ -134,6 +134,7 @@ def encode(
     satfinite: bool = False,
     sat: bool = False,
     relu: bool = False,
+    ftz: bool = False,
     random: tuple[Array, int] | None = None,
 ) -> Array:
     """The codes of ``values`` in format ``name``, in the format's storage type (uint8 for 4 to 8 bits).
@@ -144,9 +145,10 @@ def encode(
     ``sat`` clamps to [0, 1] and makes NaN +0; ``relu`` makes negative results +0; ``satfinite`` makes what
     exceeds the largest finite number that number. Without it, overflow gives infinity or the largest finite
     number as the rounding mode says, NaN in a format without infinities, and the largest number in a format
-    without either. NaN gives the format's NaN (e4m3, e5m2, f16, bf16: all ones below the sign) or, where
-    there is none, the largest number. ue8m0 ignores the sign of its input, and rounds only by "rz" and
-    "rp". Unsupported: another mode. ValueError: a negative value for ue4m3.
+    without either. ``ftz`` makes subnormal results zeros of their sign, see ``_is_tiny``. NaN gives the
+    format's NaN (e4m3, e5m2, f16, bf16: all ones below the sign) or, where there is none, the largest number.
+    ue8m0 ignores the sign of its input, and rounds only by "rz" and "rp". Unsupported: another mode.
+    ValueError: a negative value for ue4m3.
     """
     form = format_of(name)
     if rounding not in ROUNDINGS or (rounding == "rs") != (random is not None):
@@ -163,6 +165,8 @@ def encode(
         elif (exact < 0).any():
             raise ValueError("ue4m3 holds no negative numbers")
     special = np.isnan(exact)
+    if ftz:
+        exact = np.where(_is_tiny(form, exact, rounding), np.copysign(0.0, exact), exact)
     negative = negative & ~special
     codes: Array
     if name == "f64":
@@ -179,10 +183,27 @@ def encode(
         codes = _magnitudes(form, np.abs(exact), negative, rounding, satfinite, random)
     codes = np.where(negative, 0 if relu else codes | (form.signed << (form.bits - 1)), codes)
     codes = np.where(special, form.maximum if form.nan is None else form.nan, codes).astype(form.storage)
-    if form.shift:
-        # the canonical NaN is all ones, also below the format's own bits
-        codes = np.where(special, np.uint32(0x7FFFFFFF), codes << np.uint32(form.shift))
-    return codes
+    return codes << np.uint32(form.shift) if form.shift else codes
+
+
+def _is_tiny(form: Format, values: Floats, rounding: str) -> NDArray[np.bool_]:
+    """Where a result counts as subnormal for ``.ftz``: below the smallest normal number after rounding to the
+    format's precision, as if exponents had no end.
+
+    So some results are zeros that would be the smallest normal number without ``.ftz``, where subnormals
+    are coarser. The ISA says "subnormal results"; the H200 does this in mul, fma and div (flushing all that
+    is below that number before rounding would not give its fma), and the code that ptxas writes for
+    ``cvt.ftz.f32.f64``, on sm_90a and sm_120a alike, compares with the same limits.
+    """
+    smallest = 2.0**form.lowest_exponent
+    unit = smallest * 2.0 ** -(form.fraction_bits + 1)  # between numbers just below it
+    magnitude = np.abs(values)
+    if rounding == "rn":
+        return magnitude < smallest - unit / 2
+    if rounding == "rz":
+        return magnitude < smallest
+    outward = np.signbit(values) == (rounding == "rm")
+    return np.where(outward, magnitude <= smallest - unit, magnitude < smallest)
 
 
 def _magnitudes(

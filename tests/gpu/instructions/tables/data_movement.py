@@ -46,7 +46,8 @@ def forms() -> Iterator[Form]:
             yield _vector_load(f"ld{space}.v{count}.{part}", place, part, count)
             yield _vector_store(f"st{space}.v{count}.{part}", place, part, count)
     for words in LOADS:
-        yield _load(f"ld.{_ordered(words, 'global')}.b32", "memory", "b32")
+        opcode = f"ld.{_ordered(words, 'global')}.b32"
+        yield _read_only(opcode) if "nc" in words.split(".") else _load(opcode, "memory", "b32")
     for words in STORES:
         yield _store(f"st.{_ordered(words, 'global')}.b32", "memory", "b32")
     yield _load("ldu.global.b32", "memory", "b32")
@@ -74,6 +75,14 @@ def _load(opcode: str, place: str, kind: str) -> Form:
         code += f"\n{opcode} {{d1}}, [{{{place}}}+8];"
         results = (kind, "b64")
     return Form(opcode, code, ("b64",), results)
+
+
+def _read_only(opcode: str) -> Form:
+    """Of an operand, which nothing writes. .nc may "cache in non-coherent read-only cache" (PTX ISA,
+    "ld.global.nc"): of what the kernel itself wrote an H200 gives the old value.
+    """
+    code = f"{opcode} {{d0}}, [{{source}}];\n{opcode} {{d1}}, [{{source}}];"
+    return Form(opcode, code, ("b64",), ("b32", "b64"))
 
 
 def _store(opcode: str, place: str, kind: str) -> Form:

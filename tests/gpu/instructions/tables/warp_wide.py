@@ -27,6 +27,14 @@ def _forms(opcode: str, code: str, operands: tuple[str, ...], results: tuple[str
         yield Form(f"{opcode} mask {mask:#010x}", _masked(mask, code), operands, results)
 
 
+def _of_own_half() -> str:
+    """A value of 0 where bfly reaches from the upper half of the lanes into the lower one, which the member
+    mask leaves out: "results are undefined if a thread sources a register from an inactive thread or a thread
+    that is not in membermask" (PTX ISA, "shfl.sync"). The predicate stays compared: lane, b and c decide it.
+    """
+    return "\nand.b32 %t3, {a1}, 16;\nsetp.ne.u32 %c1, %t3, 0;\n@%c1 mov.b32 {d0}, 0;"
+
+
 def forms() -> Iterator[Form]:
     for mode in ("up", "down", "bfly", "idx"):
         opcode = f"shfl.sync.{mode}.b32"
@@ -39,7 +47,9 @@ def forms() -> Iterator[Form]:
         # segments of 16 lanes: those of one half do not read the other
         code = f"{opcode} {{d0}}|{{d1}}, {{a0}}, {{a1}}, {clamp | 0x1000}, {{mask}};"
         for mask in (0x0000FFFF, 0xFFFF0000):
-            yield Form(f"{opcode} half {mask:#010x}", _masked(mask, code), ("b32", "lane"), ("b32", "pred"))
+            defined = _of_own_half() if (mode, mask) == ("bfly", 0xFFFF0000) else ""
+            text = _masked(mask, code + defined)
+            yield Form(f"{opcode} half {mask:#010x}", text, ("b32", "lane"), ("b32", "pred"))
     for mode in ("all", "any", "uni"):
         yield from _forms(
             f"vote.sync.{mode}.pred",
