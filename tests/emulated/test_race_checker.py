@@ -63,6 +63,17 @@ class Model:
             by = touched[byte]
             if collective is not None and writes and owner[0] == collective and owner[0] != "copy":
                 continue  # a warp's own accesses before its stmatrix
+            if isinstance(together, tuple):  # several lanes wrote the same: to know of one will do
+                ordered = all(any(each in known(o) for each in together) for o in by)
+                if ordered and proxied is not None:
+                    ordered = any(each in proxied for each in together)
+                if not ordered and not (
+                    collective is not None
+                    and writes
+                    and any(each in self.overwritten.get((collective, byte), ()) for each in together)
+                ):
+                    return True
+                continue
             if not wrote and together is not None:  # any lane's knowledge of an ldmatrix will do
                 ordered = all(event in known(o) for o in by) or (not copy and together == by[0][0])
             else:
@@ -116,9 +127,9 @@ class History:
         lanes, chosen = self.lanes()
         threads = [(w, lane) for lane in chosen]
         kind = r.choices(
-            ("load", "store", "rows", "store_rows", "meet", "arrive", "see", "fence", "barrier", "copy_in",
-             "copy_out", "land", "wait"),
-            (6, 5, 2, 1, 3, 3, 3, 1, 1, 1, 1, 2, 1),
+            ("load", "store", "store_same", "rows", "store_rows", "meet", "arrive", "see", "fence", "barrier",
+             "copy_in", "copy_out", "land", "wait"),
+            (6, 5, 2, 2, 1, 3, 3, 3, 1, 1, 1, 1, 2, 1),
         )[0]  # fmt: skip
         m.event += 1
         self.log.append((kind, w, chosen))
@@ -173,6 +184,24 @@ class History:
 
     def store(self, w, lanes, threads):
         return self._plain(w, lanes, threads, True)
+
+    def store_same(self, w, lanes, threads):
+        """Several lanes write the same value to one word."""
+        m, word = self.model, self.random.randrange(WORDS)
+        wrong = m.conflicts(m.event, threads, {word: threads}, True, lambda o: m.before[o])
+        if wrong and self.avoid():
+            return False, False
+        address = np.full(len(threads), SHARED_BASE + 4 * word, np.uint64)
+        found = self._try(self.races.store, self.words[w], lanes, address, 4)
+        before = frozenset().union(*(m.before[t] for t in threads))
+        events = []
+        for t in threads:
+            m.event += 1
+            events.append(m.event)
+            m.before[t] |= {m.event}
+        m.accesses.append((m.event, word, True, (w, None), tuple(events)))
+        m.overwritten[w, word] = before
+        return found, wrong
 
     def _rows(self, w, writes):
         m, first = self.model, self.random.randrange(3)

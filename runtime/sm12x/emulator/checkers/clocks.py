@@ -26,15 +26,14 @@ LATEST = (1 << 24) - 1  # a time is kept in 24 bits
 @dataclass(frozen=True, slots=True)
 class View:
     """What all of some threads know. `happened` and `fenced` are times by agent, and at [-1 - w] what is
-    known of all lanes of warp w; `lanes` (warps, 32) are those of threads again; `low` and `high` (warps,)
-    the smallest and largest of each warp.
+    known of all lanes of warp w (and again at [-1 - warps - w]); `lanes` (warps, 32) are those of threads
+    again; `low` (warps,) the smallest of each warp.
     """
 
     happened: Array
     fenced: Array
     lanes: Array
     low: Array
-    high: Array
 
 
 def view_of(rows: Array, warps: int) -> View:
@@ -42,16 +41,16 @@ def view_of(rows: Array, warps: int) -> View:
     both = rows[0] if len(rows) == 1 else rows.min(axis=0)
     lanes = both[:, : 32 * warps].reshape(2, warps, 32)
     low = lanes.min(axis=2)
-    extended = np.concatenate([both, low[:, ::-1]], axis=1)
-    return View(
-        extended[HAPPENED], extended[FENCED], lanes[HAPPENED], low[HAPPENED], lanes[HAPPENED].max(axis=1)
-    )
+    extended = np.concatenate([both, low[:, ::-1], low[:, ::-1]], axis=1)
+    return View(extended[HAPPENED], extended[FENCED], lanes[HAPPENED], low[HAPPENED])
 
 
 def extended(rows: Array, warps: int) -> Array:
-    """(n, 2, agents + warps): rows, with what each knows of all lanes of warp w at [-1 - w]."""
+    """(n, 2, agents + 2 * warps): rows, with what each knows of all lanes of warp w at [-1 - w] and again at
+    [-1 - warps - w].
+    """
     low = rows[:, :, : 32 * warps].reshape(len(rows), 2, warps, 32).min(axis=3)
-    joined: Array = np.concatenate([rows, low[:, :, ::-1]], axis=2)
+    joined: Array = np.concatenate([rows, low[:, :, ::-1], low[:, :, ::-1]], axis=2)
     return joined
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from ..errors import Fault
 from ..memory import SHARED_BASE, Array
 from . import shadow
-from .clocks import HAPPENED, View, extended, view_of
+from .clocks import FENCED, HAPPENED, View, extended, view_of
 from .order import Order
 
 if TYPE_CHECKING:
@@ -114,6 +114,19 @@ class Races:
         threads = self.clocks.threads_of(w.index, lanes)
         now = self.clocks.now[w.index]
         self._writes.put(pieces, threads[:, None], now, self._line(), self.strong is not None)
+        lost = self._writes.agent[pieces] != threads[:, None]
+        if np.count_nonzero(lost):
+            self._written_together(w.index, threads % 32, pieces, np.unique(pieces[lost]))
+
+    def _written_together(self, warp: int, lanes: Array, pieces: Array, shared: Array) -> None:
+        """Several lanes have written the same to some pieces at once: to be ordered behind one of them will
+        do.
+        """
+        self._writes.agent[shared] = -1 - self.clocks.warps - warp
+        self._writes.lanes[shared] = 0
+        np.bitwise_or.at(
+            self._writes.lanes, pieces, np.broadcast_to(shadow.bits_of(lanes)[:, None], pieces.shape)
+        )
 
     def collided(self, lanes: Array) -> Fault:
         """Lanes of one instruction have written different values to one address."""
@@ -189,9 +202,27 @@ class Races:
             late &= times > np.take_along_axis(rows, agents % rows.shape[1], axis=1)
         elif party.collective and what != "read of":
             late &= agents != -1 - party.warp
+            late &= agents != -1 - self.clocks.warps - party.warp
             late &= agents // 32 != party.warp
+        if (late & (agents < -self.clocks.warps)).any():
+            late &= (agents >= -self.clocks.warps) | self._late_for_all(party, pieces, agents, times, proxy)
         if late.any():
             raise self._write_fault(party, pieces, late, what, proxy)
+
+    def _late_for_all(self, party: Party, pieces: Array, agents: Array, times: Array, proxy: bool) -> Array:
+        """Of pieces that several lanes wrote at once: whether none of their writes happened before."""
+        rows, masks = self._rows(party)[:, FENCED if proxy else HAPPENED], self._writes.lanes[pieces]
+        late = np.zeros(pieces.shape, bool)
+        for agent in np.unique(agents[agents < -self.clocks.warps]).tolist():
+            warp = -1 - self.clocks.warps - agent
+            lanes = rows[:, 32 * warp : 32 * warp + 32]
+            if pieces.ndim == 2:
+                known = shadow.known_of_any(lanes, masks)
+            else:
+                every = np.broadcast_to(masks, (len(lanes), len(masks)))
+                known = shadow.known_of_any(lanes, every).min(axis=0)
+            late |= (agents == agent) & (times > known)
+        return late
 
     def _after_reads(self, party: Party, pieces: Array, what: str) -> None:
         """Refuse a write that some read of the pieces did not happen before."""
@@ -344,7 +375,9 @@ class Races:
         return Fault("race", f"{what} {where}, which warp {agent} read at {line}: {_LATE}")
 
     def _who(self, agent: int) -> str:
-        return f"warp {-1 - agent}" if agent < 0 else f"warp {agent // 32} lane {agent % 32}"
+        if agent < 0:
+            return f"warp {(-1 - agent) % self.clocks.warps}"
+        return f"warp {agent // 32} lane {agent % 32}"
 
     def _text(self, index: int) -> str:
         instruction = self._cta.grid.program.kernel.instructions[index]

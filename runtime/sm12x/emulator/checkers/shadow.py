@@ -41,14 +41,22 @@ def known_of(rows: Array, masks: Array) -> Array:
     return least
 
 
+def known_of_any(rows: Array, masks: Array) -> Array:
+    """As `known_of`, the most."""
+    named = (masks[..., None] & _BITS) != 0
+    most: Array = np.where(named, rows[:, None, :], np.uint32(0)).max(axis=-1)
+    return most
+
+
 class Writes:
-    """Of each piece the last write: its agent (-1 - w for a whole warp w), time, instruction, and whether
-    it was a strong one. Time 0: never written.
+    """Of each piece the last write: its agent (-1 - w for the whole of warp w; -1 - warps - w for several
+    of its lanes), time, instruction, and whether it was a strong one. Time 0: never written.
     """
 
-    __slots__ = ("agent", "line", "strong", "time")
+    __slots__ = ("agent", "lanes", "line", "strong", "time")
 
     def __init__(self, pieces: int) -> None:
+        self.lanes: Array = np.zeros(pieces, np.uint32)  # of several that wrote the same value at once
         self.agent: Array = np.zeros(pieces, np.int32)
         self.time: Array = np.zeros(pieces, np.uint32)
         self.line: Array = np.zeros(pieces, np.int32)
