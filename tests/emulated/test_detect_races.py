@@ -313,6 +313,34 @@ PLANTED = {
         "race",
         "st.shared",
     ),
+    "bytes that a thread completes itself tell of what it fenced": (
+        INIT.format(full=1, empty=1)
+        + f"""
+        @%p0 st.shared.b32 [box], %r0;
+        << @%p0 fence.proxy.async.shared::cta; >>
+        @%p0 mbarrier.arrive.expect_tx.relaxed.cta.shared::cta.b64 _, [bar], 16;
+        @%p0 mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [bar], 16;
+        {until("bar", 0, "FULL")}
+        ld.shared.b32 %r6, [box];
+        """,
+        "race",
+        "st.shared",
+    ),
+    "lanes that write the same to one word do so together, and one of them may tell": (
+        INIT.format(full=1, empty=1)
+        + f"""
+        @!%p1 bra WAIT;
+        st.shared.b32 [box], 7;
+        ld.shared.b32 %r6, [box];
+        << @%p2 mbarrier.arrive.shared::cta.b64 _, [bar]; >>
+        >< @%p2 mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [bar]; ><
+    WAIT:
+        {until("bar", 0, "FULL")}
+        ld.shared.b32 %r6, [box];
+        """,
+        "race",
+        "st.shared",
+    ),
     "a thread's own copy is read before it waits": (
         """
         mul.wide.u32 %rd2, %r0, 4;

@@ -149,14 +149,15 @@ def packed_case(rng, groups, wide):
     return machine, params, offsets.tolist()
 
 
+@pytest.mark.parametrize("schedule", range(3))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("groups", [1, 33, 256, 300])
-def test_packed_preparation_fills_the_group_arrays_and_nothing_else(arch, groups):
+def test_packed_preparation_fills_the_group_arrays_and_nothing_else(arch, groups, schedule):
     seed = groups * 10 + (arch == "sm_90a")
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
     machine, params, offsets = packed_case(rng, groups, wide=bool(seed % 2))
-    machine.run_shipped("fp8_ptr_array_prepare_packed", 1, params, arch=arch, seed=seed)
+    machine.run_shipped("fp8_ptr_array_prepare_packed", 1, params, arch=arch, seed=schedule)
     expected = packed_model(params, offsets, params.group_arrays)
     got = machine.download(params.group_arrays, expected.content.shape, np.uint8)
     for name in ARRAYS:
@@ -166,9 +167,10 @@ def test_packed_preparation_fills_the_group_arrays_and_nothing_else(arch, groups
     np.testing.assert_array_equal(got, expected.content)
 
 
+@pytest.mark.parametrize("schedule", range(3))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("groups", "first", "count"), [(5, 0, 5), (400, 340, 60), (340, 0, 340)])
-def test_list_preparation_copies_its_records(arch, groups, first, count):
+def test_list_preparation_copies_its_records(arch, groups, first, count, schedule):
     seed = groups + count
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
@@ -202,6 +204,6 @@ def test_list_preparation_copies_its_records(arch, groups, first, count):
         expected.set_scale(features_side, group, record.b_scale_mode, record.b_scale, record.b_scale_value, 0)
         shape = (record.n, record.m, record.k) if params.swap_ab else (record.m, record.n, record.k)
         expected.at("shape")[group] = shape
-    machine.run_shipped("fp8_ptr_array_prepare_list", 1, params, arch=arch, seed=seed)
+    machine.run_shipped("fp8_ptr_array_prepare_list", 1, params, arch=arch, seed=schedule)
     got = machine.download(params.group_arrays, expected.content.shape, np.uint8)
     np.testing.assert_array_equal(got, expected.content)

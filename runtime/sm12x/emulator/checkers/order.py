@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..memory import Array
-from .clocks import HAPPENED, Clocks, joined
+from .clocks import FENCED, HAPPENED, Clocks, joined
 
 if TYPE_CHECKING:
     from ..cta import Mbarrier
@@ -57,6 +57,13 @@ class Order:
         time = self.clocks.tick_agent(agent)
         barrier.clock = joined(barrier.clock, self._row(agent, time))
         return agent, time
+
+    def completed_by(self, w: Warp, lanes: Array | None, barrier: Mbarrier) -> None:
+        """mbarrier.complete_tx by lanes, which stand for a copy. PTX makes it a relaxed operation; it tells
+        of what a proxy fence of theirs made visible, as CUTLASS has it.
+        """
+        fenced = self.clocks.known[self.clocks.threads_of(w.index, lanes), FENCED].max(axis=0)
+        barrier.clock = joined(barrier.clock, np.stack([fenced, fenced]))
 
     def _row(self, agent: int, time: int) -> Array:
         row: Array = np.zeros(self.clocks.known.shape[1:], np.uint32)

@@ -81,6 +81,8 @@ def transaction(i: Instruction, e: Emitter) -> None:
     def run(w: Warp, _s: Split, lanes: Array | None, address: Array, size: Array) -> None:
         for at, value in zip(_each(space, lanes, address), _values(lanes, size), strict=True):
             barrier = w.cta.mbarrier(at)
+            if not expect and w.cta.races is not None:
+                w.cta.races.order.completed_by(w, lanes, barrier)
             (w.cta.mbarrier_expect if expect else w.cta.mbarrier_complete)(barrier, value)
 
     e.call(run, e.address(i.operands[0]), e.value(i.operands[1], "u32").u)
