@@ -17,6 +17,7 @@ _ORDER = "orders memory or threads and computes nothing: tests of SIMT and async
 _COPIES = "asynchronous copies and tensor maps: compared with the GPU by the tests of whole kernels"
 _CONTROL = "controls the execution of a kernel and computes nothing"
 _NO_SATURATION = "saturation to a type that holds every value of the source: no such form in ptxas"
+_CLUSTER_LAUNCH = "SM 10.0 and later; CUTLASS's dense kernels use it"
 _HINT = "a hint to caches, without a result"
 
 # handler in the emulator's registry -> why no form covers it
@@ -47,6 +48,16 @@ HANDLERS = {
     **dict.fromkeys(("setmaxnreg.dec.sync.aligned", "setmaxnreg.inc.sync.aligned"), _CONTROL),
     **dict.fromkeys(("nanosleep", "pmevent", "brkpt"), _CONTROL),
     "applypriority": _HINT,
+    "call": "printf and __assertfail, whose effects are the host's; other calls are gone once it is parsed",
+    "clusterlaunchcontrol.try_cancel": _CLUSTER_LAUNCH,
+    **{
+        f"clusterlaunchcontrol.query_cancel.{name}.b128": _CLUSTER_LAUNCH
+        for name in (
+            "is_canceled.pred",
+            "get_first_ctaid.v4.b32",
+            *(f"get_first_ctaid::{axis}.b32" for axis in "xyz"),
+        )
+    },
 }
 
 # Forms that sm_90a does not have, or ptxas does not take: regular expression of the opcode -> why.
