@@ -19,7 +19,8 @@ _REDUCIBLE = {  # element types that PTX ISA gives tensor reductions, and f32.ad
     "or": (2, 3, 4, 5),
     "xor": (2, 3, 4, 5),
 }
-_CONTENT = {2: "u32", 3: "u32", 4: "u64", 5: "u64", 6: "f16", 7: "f32", 9: "bf16"}
+_CONTENT = {2: "u32", 3: "u32", 4: "u64", 5: "u64", 6: "f16", 7: "f32", 8: "f64", 9: "bf16"}
+_CONTENT |= {10: "f32", 11: "f32", 12: "f32"}
 
 
 def _align(value: int, unit: int) -> int:
@@ -42,10 +43,12 @@ def random_map(
         r = rank or rng.randint(3 if interleave else 1, 5)
         k = rng.choice(list(TYPES)) if kind is None else kind
         size = SLICES[interleave] or TYPES[k][1]
-        s = 1 if interleave == 2 else rng.randint(0, 3) if swizzle is None else swizzle
+        s = rng.randint(int(interleave == 2), 3) if swizzle is None else swizzle
         widest = SPANS[s] or rng.choice([16, 32, 64, 128, 128, 256])
         if interleave:
-            inner, first = rng.randint(1, 6), rng.randint(1, 9)
+            # The driver judges a row as if its slices were elements.
+            inner = rng.randint(1, 6) * 16 // TYPES[k][1]
+            first = rng.randint(1, 9)
         else:
             units = rng.randint(1, max(1, min(widest, 256 * size) // 16))
             inner = min(256, units * 16 // size)
@@ -72,8 +75,11 @@ def random_map(
             return m
 
 
-def coordinates(rng: random.Random, m: Map, mode: str = "any") -> tuple[int, ...]:
-    """Where a box begins: inside, across one edge or another, or wholly outside."""
+def coordinates(
+    rng: random.Random, m: Map, mode: str = "any", *, aligned: bool = True, negative: bool = True
+) -> tuple[int, ...]:
+    """Where a box begins: inside, across one edge or another, or wholly outside. `aligned`: at a multiple of
+    16 bytes of its row, as hardware wants it."""
     found = []
     for extent, box, step in zip(m.dims, m.box, m.steps, strict=True):
         reach = box
@@ -89,6 +95,11 @@ def coordinates(rng: random.Random, m: Map, mode: str = "any") -> tuple[int, ...
         found[d] = rng.choice(
             [-m.box[d], m.dims[d], -m.box[d] - 1, m.dims[d] + 1, -(1 << 30), (1 << 31) - 1, -(1 << 31)]
         )
+    if aligned:
+        unit = max(1, 16 // m.item)
+        found[0] = found[0] // unit * unit
+    if not negative:
+        found = [max(0, at) for at in found]
     return tuple(found)
 
 
@@ -126,7 +137,8 @@ def loads(rng: random.Random, count: int) -> Iterator[Case]:
     for number in range(count):
         mode = ("any", "inside", "any", "outside", "any")[number % 5]
         m = random_map(rng, rank=1 + number // 5 % 5, overlap=number % 7 == 0)
-        yield tensor_case(rng, "load", "load", m, coordinates(rng, m, mode))
+        content = _CONTENT.get(m.kind, "bits") if number % 2 else "bits"
+        yield tensor_case(rng, "load", "load", m, coordinates(rng, m, mode), content=content)
 
 
 def strided_loads(rng: random.Random, count: int) -> Iterator[Case]:
@@ -150,7 +162,8 @@ def narrow_loads(rng: random.Random, count: int) -> Iterator[Case]:
         box = (inner, *(rng.randint(1, 9) for _ in range(rank - 1)))
         m = Map(kind, dims, tuple(strides), box, (1,) * rank, 0, swizzle, 0, 0)
         kernel = ("load", "load", "store")[number % 3]
-        yield tensor_case(rng, f"{kernel}, narrow rows", kernel, m, coordinates(rng, m))
+        coords = coordinates(rng, m, negative=kernel == "load")
+        yield tensor_case(rng, f"{kernel}, narrow rows", kernel, m, coords)
 
 
 def interleaved(rng: random.Random, count: int) -> Iterator[Case]:
@@ -160,20 +173,23 @@ def interleaved(rng: random.Random, count: int) -> Iterator[Case]:
             rng,
             kind=kind,
             interleave=1 + number % 2,
-            swizzle=0 if number % 4 < 2 else None,
+            swizzle=0 if number % 4 == 0 else None,
             steps=number % 3 == 0,
         )
         kernel = "load" if number % 3 or m.steps[0] > 1 else "store"
         if kernel == "store" and any(step > 1 for step in m.steps):
             kernel = "load"
-        yield tensor_case(rng, f"{kernel}, interleave", kernel, m, coordinates(rng, m))
+        coords = coordinates(rng, m, negative=kernel == "load")
+        yield tensor_case(rng, f"{kernel}, interleave", kernel, m, coords)
 
 
 def stores(rng: random.Random, count: int) -> Iterator[Case]:
     for number in range(count):
         mode = ("any", "inside", "any", "outside", "any")[number % 5]
         m = random_map(rng, rank=1 + number // 5 % 5)
-        yield tensor_case(rng, "store", "store", m, coordinates(rng, m, mode))
+        content = _CONTENT.get(m.kind, "bits") if number % 2 else "bits"
+        coords = coordinates(rng, m, mode, negative=False)
+        yield tensor_case(rng, "store", "store", m, coords, content=content)
 
 
 def row_ends(rng: random.Random, count: int) -> Iterator[Case]:
@@ -188,16 +204,16 @@ def row_ends(rng: random.Random, count: int) -> Iterator[Case]:
         for swizzle in range(4):
             inner = min(SPANS[swizzle] or 48, 48) // size
             inner = _align(inner, per_unit) if inner % per_unit else inner
-            for extent in range(1, 2 * per_unit + 2, 1 if per_unit <= 4 else 3):
-                starts = sorted({0, 1, per_unit, extent - 1, extent, extent + 1, -1, per_unit // 2})
-                for start in starts:
+            for extent in range(1, 2 * per_unit + 2):
+                for start in (-per_unit, 0, per_unit, 2 * per_unit):
                     stride = _align(extent * size, 16) + 16 * rng.randint(0, 1)
                     m = Map(kind, (extent, 3), (stride,), (inner, 2), (1, 1), 0, swizzle, 0, 0)
                     coords = (start, rng.choice([0, 1, 2]))
                     note = f"extent {extent * size} bytes, from {start * size} on"
+                    yield tensor_case(rng, "load, row ends", "load", m, coords, note=note)
+                    if start < 0:
+                        continue
                     yield tensor_case(rng, "store, row ends", "store", m, coords, note=note)
-                    if start % 2 == 0 or size >= 4:
-                        yield tensor_case(rng, "load, row ends", "load", m, coords, note=note)
                     if size >= 4:
                         yield tensor_case(rng, "reduce, row ends", "reduce_xor", m, coords, note=note)
 
@@ -207,9 +223,29 @@ def reductions(rng: random.Random, count: int) -> Iterator[Case]:
     for number in range(count):
         operation, kind = every[number % len(every)]
         m = random_map(rng, rank=1 + number // len(every) % 5, kind=kind)
-        coords = coordinates(rng, m)
+        coords = coordinates(rng, m, negative=False)
         family = f"reduce {operation} {TYPES[kind][0]}"
         yield tensor_case(rng, family, f"reduce_{operation}", m, coords, content=_CONTENT[kind])
+
+
+def doubtful(rng: random.Random, count: int) -> Iterator[Case]:
+    """Rows that begin between multiples of 16 bytes, and writes that begin in front of the tensor."""
+    kernels = ("load", "store", "reduce_xor", "prefetch")
+    for number in range(count):
+        kernel = kernels[number % 4]
+        m = random_map(rng, rank=1 + number // 4 % 5, kind=2)
+        inside = coordinates(rng, m, negative=False)
+        off = rng.choice([1, 2, 3, 5, -1, -2, -3])
+        yield tensor_case(rng, f"{kernel}, misaligned row", kernel, m, (off, *inside[1:]))
+    for number in range(count):
+        kernel = kernels[1 + number % 2]
+        m = random_map(rng, rank=1 + number // 2 % 5, kind=rng.choice([2, 4]))
+        found = list(coordinates(rng, m, negative=False))
+        d = rng.randrange(m.rank)
+        unit = max(1, 16 // m.item) if d == 0 else 1
+        found[d] = -unit * rng.choice([1, 2, m.box[d] // unit or 1, 1 << 20])
+        note = f"negative in dimension {d}"
+        yield tensor_case(rng, f"{kernel}, in front of the tensor", kernel, m, tuple(found), note=note)
 
 
 def prefetches(rng: random.Random, count: int) -> Iterator[Case]:
@@ -362,7 +398,9 @@ FAMILIES: dict[str, tuple[Callable[[random.Random, int], Iterator[Case]], int]] 
     "bulk_reductions": (bulk_reductions, 540),
     "cp_async": (cp_asyncs, 60),
     "mbarrier": (barriers, mbarrier_scripts.COUNT),
+    "doubtful": (doubtful, 40),
 }
+DOUBTFUL = {"doubtful"}  # those of FAMILIES whose cases hardware is expected to refuse
 
 
 def batch(name: str, seed: int) -> list[Case]:
