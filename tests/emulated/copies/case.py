@@ -84,9 +84,13 @@ class Map:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Items that a box has in each dimension. The step of dimension 0 counts with interleave only."""
+        """Items that a box has in each dimension. The step of dimension 0 counts with interleave only, which
+        has one slice of channels only."""
         steps = self.steps if self.interleave else (1, *self.steps[1:])
-        return tuple(-(-extent // step) for extent, step in zip(self.box, steps, strict=True))
+        found = [-(-extent // step) for extent, step in zip(self.box, steps, strict=True)]
+        if self.interleave:
+            found[-2] = 1
+        return tuple(found)
 
     @property
     def box_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from emulated.copies import mbarrier_scripts, ptx
 from emulated.copies.case import FIELDS, GUARD, SHARED_BYTES, SLICES, SPANS, TYPES, Case, Map
@@ -15,12 +16,13 @@ _REDUCIBLE = {  # element types that PTX ISA gives tensor reductions, and f32.ad
     "max": (2, 3, 4, 5, 6, 9),
     "inc": (2,),
     "dec": (2,),
-    "and": (2, 3, 4, 5),
-    "or": (2, 3, 4, 5),
-    "xor": (2, 3, 4, 5),
+    "and": (2, 3, 4),
+    "or": (2, 3, 4),
+    "xor": (2, 3, 4),
 }
 _CONTENT = {2: "u32", 3: "u32", 4: "u64", 5: "u64", 6: "f16", 7: "f32", 8: "f64", 9: "bf16"}
 _CONTENT |= {10: "f32", 11: "f32", 12: "f32"}
+_TF32, _ROUNDABLE = (11, 12), (7, 10, 11, 12)  # types whose loads round to TF32, and those that can
 
 
 def _align(value: int, unit: int) -> int:
@@ -229,8 +231,21 @@ def reductions(rng: random.Random, count: int) -> Iterator[Case]:
 
 
 def doubtful(rng: random.Random, count: int) -> Iterator[Case]:
-    """Rows that begin between multiples of 16 bytes, and writes that begin in front of the tensor."""
+    """What both sides refuse: rows that begin between multiples of 16 bytes, writes that begin in front of
+    the tensor, misaligned addresses, bits of s64 combined, types without a rounding in a map that has one."""
     kernels = ("load", "store", "reduce_xor", "prefetch")
+    yield from _misaligned(rng, count // 2)
+    for number in range(9):
+        operation = ("and", "or", "xor")[number % 3]
+        m = random_map(rng, kind=5)
+        coords = coordinates(rng, m, negative=False)
+        yield tensor_case(rng, f"reduce {operation} s64", f"reduce_{operation}", m, coords, content="u64")
+    for kind in set(TYPES) - set(_ROUNDABLE):
+        for tf32 in _TF32:
+            target, template = random_map(rng, rank=2, kind=kind), random_map(rng, rank=2, kind=tf32)
+            coords = coordinates(rng, target)
+            family = "replace elemtype of TF32"
+            yield tensor_case(rng, family, "replace", target, coords, template=template, replaced=FIELDS)
     for number in range(count):
         kernel = kernels[number % 4]
         m = random_map(rng, rank=1 + number // 4 % 5, kind=2)
@@ -248,6 +263,24 @@ def doubtful(rng: random.Random, count: int) -> Iterator[Case]:
         yield tensor_case(rng, f"{kernel}, in front of the tensor", kernel, m, tuple(found), note=note)
 
 
+def _leaves_rounding(template: Map, target: Map) -> bool:
+    """Whether a map that rounds to TF32 becomes one whose type cannot: the rounding stays."""
+    return template.kind in _TF32 and target.kind not in _ROUNDABLE
+
+
+def _misaligned(rng: random.Random, count: int) -> Iterator[Case]:
+    for number in range(count):
+        kernel = ("load", "store")[number % 2]
+        m = random_map(rng, kind=2)
+        case = tensor_case(rng, "", kernel, m, coordinates(rng, m, "inside"))
+        family = f"{kernel}, misaligned in shared memory"
+        yield replace(case, family=family, offset=case.offset + rng.choice([8, 16, 32, 64]))
+    for number, case in enumerate(_bulk_copies(rng, ["bulk_load", "bulk_store"], count)):
+        name, where = case.kernel.replace("_", " "), ("offset", "start")[number // 2 % 2]
+        family = f"{name}, misaligned {'in shared memory' if where == 'offset' else 'in global memory'}"
+        yield replace(case, family=family, **{where: getattr(case, where) + rng.choice([1, 4, 8])})
+
+
 def prefetches(rng: random.Random, count: int) -> Iterator[Case]:
     for number in range(count):
         m = random_map(rng, rank=1 + number % 5)
@@ -261,6 +294,8 @@ def replacements(rng: random.Random, count: int) -> Iterator[Case]:
         rank = 1 + number % 5
         target = random_map(rng, rank=rank, steps=number % 3 == 0)
         other = random_map(rng, rank=rank)
+        while _leaves_rounding(other, target):
+            other = random_map(rng, rank=rank)
         kinds = [("global_address", {"offset": target.offset + 64})]
         kinds.append(("global_dim", {"dims": other.dims}))
         kinds.append(("box_dim", {"box": (target.box[0], *other.box[1:])}))
@@ -271,6 +306,7 @@ def replacements(rng: random.Random, count: int) -> Iterator[Case]:
             kinds.append(("swizzle_mode", {"swizzle": (target.swizzle + 1) % 4}))
         same = [k for k, (_, size, floating) in TYPES.items() if size == TYPES[target.kind][1]]
         same = [k for k in same if TYPES[k][2] or not target.fill]
+        same = [k for k in same if k not in _TF32 or target.kind in _ROUNDABLE]
         kinds.append(("elemtype", {"kind": rng.choice(same)}))
         kinds.append(("rank", {}))
         which = number // 5 % (len(kinds) + 2)
@@ -309,6 +345,8 @@ def replacements(rng: random.Random, count: int) -> Iterator[Case]:
         # Interleave on and off needs a template that is legal both ways.
         target = random_map(rng, rank=3 + number % 3, interleave=1, swizzle=0)
         template = random_map(rng, rank=target.rank)
+        while _leaves_rounding(template, target):
+            template = random_map(rng, rank=target.rank)
         yield tensor_case(
             rng,
             "replace all fields, interleave",
@@ -321,14 +359,24 @@ def replacements(rng: random.Random, count: int) -> Iterator[Case]:
 
 
 def bulk_copies(rng: random.Random, count: int) -> Iterator[Case]:
-    names = ["bulk_load", "bulk_store", "bulk_within", "bulk_prefetch"]
+    names = ["bulk_load", "bulk_store", "bulk_load", "bulk_store", "bulk_prefetch"]
+    yield from _bulk_copies(rng, names, count)
+
+
+def bulk_within(rng: random.Random, count: int) -> Iterator[Case]:
+    """From shared to shared memory of a cluster."""
+    for kernel in ("bulk_within", "bulk_within_mapped", "bulk_within_cluster", "bulk_within_both"):
+        yield from _bulk_copies(rng, [kernel], count // 4)
+
+
+def _bulk_copies(rng: random.Random, names: list[str], count: int) -> Iterator[Case]:
     for number in range(count):
-        kernel = names[number % 4]
+        kernel = names[number % len(names)]
         size = 16 * rng.choice([1, 2, 3, rng.randint(1, 255), 255, 256])
         offset = 16 * rng.randint(0, 64)
         start = GUARD + 16 * rng.randint(0, 15)
         extra = 8192 + 16 * rng.randint(0, 64)
-        dump = _align(max(offset, extra if kernel == "bulk_within" else 0) + size + 256, 512)
+        dump = _align(max(offset, extra if kernel.startswith("bulk_within") else 0) + size + 256, 512)
         yield Case(
             kernel.replace("_", " "),
             kernel,
@@ -395,12 +443,13 @@ FAMILIES: dict[str, tuple[Callable[[random.Random, int], Iterator[Case]], int]] 
     "prefetches": (prefetches, 20),
     "replacements": (replacements, 1200),
     "bulk": (bulk_copies, 400),
+    "bulk_within": (bulk_within, 32),
     "bulk_reductions": (bulk_reductions, 540),
     "cp_async": (cp_asyncs, 60),
     "mbarrier": (barriers, mbarrier_scripts.COUNT),
     "doubtful": (doubtful, 40),
 }
-DOUBTFUL = {"doubtful"}  # those of FAMILIES whose cases hardware is expected to refuse
+DOUBTFUL = {"doubtful", "bulk_within"}  # those of FAMILIES whose cases hardware is expected to refuse
 
 
 def batch(name: str, seed: int) -> list[Case]:

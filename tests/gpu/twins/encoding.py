@@ -3,15 +3,17 @@
 
     python tests/gpu/twins/encoding.py [--seed N] [--count N] [--out FOLDER] [--replay FILE]
 
-`--replay` takes the driver's answers from an encoding.json of an earlier run, and needs no driver. Legal argument sets, and sets with one to three arguments changed to values at the edges of their rules. Where
+Legal argument sets, and sets with one to three arguments changed to values at the edges of their rules. Where
 the two disagree, changes are taken back as long as they still do, so that a disagreement is reported by what
-causes it. Values that only later devices have are counted apart and decide nothing.
+causes it. Values that only later devices have are counted apart and decide nothing. `--replay` takes the
+driver's answers from an encoding.json, as long as the same sets are drawn, and needs no driver.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import json
 import os
 import random
@@ -59,13 +61,14 @@ def main() -> int:
         address, driver = 1 << 40, None
     else:
         address, driver = driver_of_this_machine()
-    answers = []
+    answers, drawn = [], hashlib.sha256()
     rng = random.Random(options.seed)
     tally: Counter = Counter()
     causes: dict[str, dict] = {}
     for number in range(options.count):
         base, changes = encode_cases.draw(rng)
         arguments = encode_cases.applied(base, changes)
+        drawn.update(json.dumps(arguments).encode())
         theirs = driver(arguments) if driver else held["answers"][number] == "1"
         answers.append("01"[theirs])
         ours, reason = encode_cases.accepts(arguments, address)
@@ -107,6 +110,8 @@ def main() -> int:
         cause["count"] += 1
         if len(cause["examples"]) < 6:
             cause["examples"].append({"changes": changes, "arguments": arguments, "emulator": reason})
+    if held and held["drawn"] != drawn.hexdigest():
+        sys.exit("encoding: other sets are drawn now than those that were answered")
     differ = sum(cause["count"] for cause in causes.values() if not cause["later"])
     for key, cause in sorted(causes.items(), key=lambda item: -item[1]["count"]):
         print(f"{cause['count']:6}  {key}")
@@ -120,6 +125,7 @@ def main() -> int:
                 "tally": tally,
                 "causes": causes,
                 "answers": "".join(answers),
+                "drawn": drawn.hexdigest(),
             },
             indent=1,
             default=str,

@@ -2,10 +2,10 @@
 
     python hardware.py IN OUT
 
-IN is a pickled list of cases; OUT gets the outcome of each as soon as it is there, one pickle behind the other.
-A copy that faults takes the process's context with it, and nothing more can be run in it: the process ends, the
-outcomes before it are kept, the case is known, and `run` goes on behind it in a new process. So a bad case costs
-one process, about 2 s, and no other case. A kind of case that goes on failing is given up (`MOST_FAILURES`).
+IN is a pickled list of cases; OUT gets the outcome of each as soon as it is there, one pickle behind the
+other. A copy that faults takes the process's context with it: the process ends, the outcomes before it are
+kept, the case is known, and `run` goes on behind it in a new process. So a bad case costs one process, about
+2 s, and no other case. A kind of case that goes on failing is given up (`MOST_FAILURES`).
 """
 
 from __future__ import annotations

@@ -60,9 +60,9 @@ def read_map(cta: Cta, address: int) -> tensor_map.TensorMap:
 
 def _box(
     cta: Cta, map_address: int, coordinates: tuple[int, ...], shared: int, *, writes: bool = False
-) -> tuple[Box, Region | None, int]:
-    """The box of a copy, the allocation that its in-bounds part lies in (None where it has none), and its
-    fill.
+) -> tuple[Box, Region | None, int, bool]:
+    """The box of a copy, the allocation that its in-bounds part lies in (None where it has none), its fill,
+    and whether loads round to TF32.
     """
     found = read_map(cta, map_address)
     box = found.box_elements(coordinates, shared, writes=writes)
@@ -70,7 +70,16 @@ def _box(
     if box.low < box.high:
         region = cta.grid.memory.region(box.low, "tensor copy")
         region.span(box.low, box.high - box.low, "tensor copy")
-    return box, region, int.from_bytes(found.fill_pattern[: min(box.unit, 8)], "little")
+    return box, region, int.from_bytes(found.fill_pattern[: min(box.unit, 8)], "little"), found.rounds
+
+
+def _tf32(values: Array) -> Array:
+    """FP32 bits in words of 4 bytes and more, rounded to nearest even TF32 as a tensor load does it."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (np.uint32(0xFFF) + (bits >> 13 & 1))) & np.uint32(0xFFFFE000)
+    nan = bits & 0x7FFFFFFF > 0x7F800000
+    found: Array = np.where(nan, np.uint32(0x7FFFE000), rounded).view(values.dtype)
+    return found
 
 
 def _load_box(
@@ -81,14 +90,20 @@ def _load_box(
     barrier: int,
     ticket: Ticket | None,
 ) -> None:
-    box, region, fill = _box(cta, map_address, coordinates, shared)
-    if box.in_bounds is None and region is not None:
-        values = region.gather(box.addresses, box.unit)
+    box, region, fill, rounds = _box(cta, map_address, coordinates, shared)
+    gathered = None
+    if region is not None:
+        held = box.addresses if box.in_bounds is None else box.addresses[box.in_bounds]
+        gathered = region.gather(held, box.unit)
+        if rounds:
+            gathered = _tf32(gathered)
+    if box.in_bounds is None and gathered is not None:
+        values = gathered
     else:
         word = np.dtype(f"u{min(box.unit, 8)}")
         values = np.full((len(box.offsets), 2) if box.unit == 16 else len(box.offsets), fill, word)
-        if region is not None and box.in_bounds is not None:
-            values[box.in_bounds] = region.gather(box.addresses[box.in_bounds], box.unit)
+        if gathered is not None and box.in_bounds is not None:
+            values[box.in_bounds] = gathered
     cta.shared.scatter(box.offsets + shared, values, box.unit)
     if cta.grid.counts is not None:
         held = box.addresses if box.in_bounds is None else box.addresses[box.in_bounds]
@@ -236,21 +251,26 @@ def _submit_tensor_store(
 ) -> None:
     cta = w.cta
 
+    def function_of(element: tensor_map.Element) -> Combine:
+        assert combine is not None
+        function = combine(element.name)
+        if function is None:
+            raise Fault("tensor map", f"elements of type {element.name} cannot be reduced so")
+        return function
+
     def locate() -> tuple[Array, Array, Region | None, int]:
-        box, region, _ = _box(cta, map_address, coordinates, shared, writes=True)
+        if combine is not None:
+            function_of(read_map(cta, map_address).element)
+        box, region, *_ = _box(cta, map_address, coordinates, shared, writes=True)
         source, to = box.offsets + shared, box.addresses
         if box.in_bounds is not None:
             source, to = source[box.in_bounds], to[box.in_bounds]
         return source, to, region, box.unit
 
     def reduce(old: Array, new: Array) -> Array:
-        assert combine is not None
         element = read_map(cta, map_address).element
-        function = combine(element.name)
-        if function is None:
-            raise Fault("tensor map", f"elements of type {element.name} cannot be reduced so")
         word = f"u{element.bits // 8}"
-        return function(old.view(word), np.ascontiguousarray(new).view(word)).view(old.dtype)
+        return function_of(element)(old.view(word), np.ascontiguousarray(new).view(word)).view(old.dtype)
 
     ticket = issue(i, w, lane, "bulk")
     store = _Store(cta, thread_groups(w, lane, "bulk"), locate, None if combine is None else reduce, ticket)
@@ -269,7 +289,16 @@ def _bound(function: Callable[..., None], *arguments: Any) -> Callable[[], None]
 
 @instruction("cp.async.bulk.prefetch.tensor", yields=True)
 def prefetch_tensor(i: Instruction, e: Emitter) -> None:
-    """Into a cache, of which there are none."""
+    """Into a cache, of which there are none: only the map and the coordinates are judged."""
+    source = i.operands[0]
+
+    def run(w: Warp, _s: Split, lanes: Array | None, at: Array, *where: Array) -> None:
+        for lane in _active(lanes):
+            read_map(w.cta, int(at[lane])).box_elements(tuple(int(c[lane]) for c in where))
+
+    if _words(i, 6) != ("L2", "global"):
+        raise unsupported(i)
+    e.call(run, _base(e, source), *_coordinates(i, e, source))
 
 
 # Without a tensor map

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..emitter import Emitter
+from ..memory import Array
 from ..numerics import arith
 from ..ptx.ir import Instruction
 from ..registry import instruction, unsupported
@@ -26,14 +27,16 @@ _INTEGERS = {"u32", "s32", "u64", "s64", "b32", "b64"}
 
 def combiner(name: str, kind: str) -> Combine | None:
     """`old, new -> result` on arrays of unsigned words of the type's width; None where PTX has no such
-    reduction.
+    reduction, or hardware none for tensors.
     """
     if kind in _FLOATS:
         if name not in ("add", "min", "max") or (name != "add" and kind in ("f32", "f64")):
             return None
         run = arith.lookup(name, kind, "rn" if name == "add" else None, frozenset())
+        if kind == "f64":
+            return lambda old, new: _keeping_nan(old, new, run(old, new))
         return lambda old, new: run(old, new)
-    if kind not in _INTEGERS:
+    if kind not in _INTEGERS or (kind == "s64" and name in ("and", "or", "xor")):
         return None
     number = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}")
     functions: dict[str, Callable[[Any, Any], Any]] = {
@@ -48,6 +51,13 @@ def combiner(name: str, kind: str) -> Combine | None:
     }
     function = functions[name]
     return lambda old, new: function(old.view(number), new.view(number)).astype(number).view(old.dtype)
+
+
+def _keeping_nan(old: Array, new: Array, found: Array) -> Array:
+    """Results with the first NaN of binary64 operands as it is: memory makes none of them quiet (an H200)."""
+    infinite, magnitude = np.uint64(0x7FF << 52), np.uint64((1 << 63) - 1)
+    found = np.where(new & magnitude > infinite, new, found)
+    return np.where(old & magnitude > infinite, old, found)
 
 
 @instruction("cp.reduce.async.bulk.tensor", yields=True)
