@@ -170,36 +170,29 @@ def print_report(families: dict) -> None:
 
 
 def row_ends_table(batches: dict, real: dict) -> list[str]:
-    """What a write does behind the end of a row: bytes written past the extent, by where it ends in its last
-    16 bytes and where the box ends."""
+    """What a write does behind the end of a row: the bytes between the extent and the next multiple of 16, how
+    many of them the box has, and which are written."""
     tally: Counter = Counter()
     for case, outcome in zip(batches.get("row_ends", []), real.get("row_ends", []), strict=True):
-        if outcome.arena is None or case.family.startswith("load"):
-            continue
         m = case.map
-        extent, start = m.dims[0] * m.item, case.coords[0] * m.item
-        if not 0 <= case.coords[1] < m.dims[1]:
+        if outcome.arena is None or case.family.startswith("load") or not 0 <= case.coords[1] < m.dims[1]:
             continue
+        extent, start = m.dims[0] * m.item, case.coords[0] * m.item
+        rest = -extent % 16
+        covered = max(0, min(start + m.box[0] * m.item - extent, rest)) if start < extent + rest else 0
         begin = m.offset + case.coords[1] * m.strides[0]
         before, after = case.arena(), np.frombuffer(outcome.arena, np.uint8)
         changed = np.flatnonzero(before[begin : begin + 128] != after[begin : begin + 128])
-        past = sorted(int(i) for i in changed if i >= extent and i < m.strides[0])
-        rest = -extent % 16
-        covered = max(0, min(start + m.box[0] * m.item - extent, rest)) if start < extent + rest else 0
-        # A byte in 256 is written without a change.
-        reach = past[-1] + 1 - extent if past else 0
-        words = "none" if not past else f"up to {reach} of {rest}" if reach != rest else "all to the next 16"
+        past = [int(i) - extent for i in changed if extent <= i < m.strides[0]]
+        # Of 256 bytes written one is what it was.
+        written = "none" if not past else "all" if past[-1] + 2 >= covered else f"to {past[-1] + 1}"
         tally[
-            (
-                case.family,
-                m.swizzle,
-                f"extent % 16 = {extent % 16}",
-                f"box covers {covered} of them",
-                f"box begins {'inside' if start < extent else 'behind'}",
-                words,
-            )
+            case.family, rest, covered, written + ("" if not past or past[-1] < rest else " and behind")
         ] += 1
-    return [f"{count:5}  {', '.join(map(str, key))}" for key, count in sorted(tally.items(), key=str)]
+    return [
+        f"{count:5}  {family}: {rest:2} bytes to the next 16, {covered:2} of them in the box, written: {written}"
+        for (family, rest, covered, written), count in sorted(tally.items())
+    ]
 
 
 def main() -> int:
@@ -232,7 +225,7 @@ def main() -> int:
     families = report(batches, emulated, real)
     print_report(families)
     ends = row_ends_table(batches, real)
-    print("\nBytes behind a row's extent (cases; family, swizzle, extent, box, bytes written there):")
+    print("\nBytes behind a row's extent, by cases:")
     print("\n".join(ends))
     cases = sum(row["cases"] for row in families.values())
     equal = sum(row["equal"] for row in families.values())
