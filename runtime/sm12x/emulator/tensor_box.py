@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,6 +173,16 @@ def walk(
     held = addresses[mask]
     low, high = (int(held.min()), int(held.max()) + unit) if held.size else (base, base)
     return Box(unit, addresses, mask, offsets, low, high, layout.transaction_bytes)
+
+
+def to_tf32(values: NDArray[Any]) -> NDArray[Any]:
+    """FP32 bits in words of 4 bytes and more, rounded as loads through a map of TF32 round: to nearest even,
+    subnormals like others, a NaN to 0x7fffe000."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (np.uint32(0xFFF) + (bits >> 13 & 1))) & np.uint32(0xFFFFE000)
+    nan = bits & 0x7FFFFFFF > 0x7F800000
+    found: NDArray[Any] = np.where(nan, np.uint32(0x7FFFE000), rounded).view(values.dtype)
+    return found
 
 
 def _rows_inside(layout: Layout, coords: Sequence[int], dims: tuple[int, ...]) -> NDArray[np.bool_]:

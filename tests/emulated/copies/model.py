@@ -76,7 +76,9 @@ def tf32(item: Bytes) -> Bytes:
     for value in item.view(np.float32):
         mantissa, exponent = np.frexp(np.float64(value))
         digits = max(exponent, -125) - 11  # of the last bit
-        bits = np.float32(np.ldexp(np.round(np.ldexp(np.float64(value), -digits)), digits)).view(np.uint32)
+        whole = np.round(np.ldexp(np.float64(value), -digits))
+        with np.errstate(over="ignore"):
+            bits = np.float32(np.ldexp(whole, digits)).view(np.uint32)
         if np.isnan(value):
             found.append(0x7FFFE000)
         else:
@@ -185,7 +187,7 @@ def _combined(operation: str, kind: str, old: Bytes, new: Bytes) -> Bytes:
     x, y = (value.view(_FLOATS[kind])[0] for value in (old, new))
     if operation == "add":
         if kind == "f64" and (np.isnan(x) or np.isnan(y)):
-            return old if np.isnan(x) else new  # as it is, not made quiet
+            return new if np.isnan(y) else old  # as it is, not made quiet
         with np.errstate(all="ignore"):
             # float64 has over twice the digits of the others, so that rounding twice rounds once.
             found = np.array([np.float64(x) + np.float64(y)]).astype(_FLOATS[kind])

@@ -31,22 +31,12 @@ from twins import hardware  # noqa: E402
 
 from emulated.copies import generate, on_emulator  # noqa: E402
 from emulated.copies.case import Case, Outcome  # noqa: E402
+from emulated.copies.sample import parts_of  # noqa: E402
 
 SHOWN = 3  # differences of a family that are printed in full
 PROCESSES = 10  # that share the GPU
 DOUBTFUL_PART = 4  # cases of a doubtful batch that one process begins with
 ADDRESSABLE = 4  # bytes by which a difference is looked up in the tensor
-
-
-def parts_of(case: Case) -> list[tuple[str, int, int]]:
-    """Names of the parts of an arena, with where they begin and end."""
-    first, second, third, end = case.places
-    return [
-        ("tensor", 0, first),
-        ("shared in", first, second),
-        ("shared out", second, third),
-        ("result", third, end),
-    ]
 
 
 def difference(case: Case, emulated: Outcome, real: Outcome) -> dict | None:
@@ -170,8 +160,8 @@ def print_report(families: dict) -> None:
 
 
 def row_ends_table(batches: dict, real: dict) -> list[str]:
-    """What a write does behind the end of a row: the bytes between the extent and the next multiple of 16, how
-    many of them the box has, and which are written."""
+    """What a write does behind the end of a row: the bytes between the extent and the next multiple of 16,
+    how many of them the box has, and which are written."""
     tally: Counter = Counter()
     for case, outcome in zip(batches.get("row_ends", []), real.get("row_ends", []), strict=True):
         m = case.map
@@ -186,11 +176,10 @@ def row_ends_table(batches: dict, real: dict) -> list[str]:
         past = [int(i) - extent for i in changed if extent <= i < m.strides[0]]
         # Of 256 bytes written one is what it was.
         written = "none" if not past else "all" if past[-1] + 2 >= covered else f"to {past[-1] + 1}"
-        tally[
-            case.family, rest, covered, written + ("" if not past or past[-1] < rest else " and behind")
-        ] += 1
+        written += " and behind" if past and past[-1] >= rest else ""
+        tally[case.family, rest, covered, written] += 1
     return [
-        f"{count:5}  {family}: {rest:2} bytes to the next 16, {covered:2} of them in the box, written: {written}"
+        f"{count:5}  {family}: {rest:2} bytes to the next 16, {covered:2} of them in the box, {written} written"
         for (family, rest, covered, written), count in sorted(tally.items())
     ]
 
@@ -209,14 +198,7 @@ def main() -> int:
     start = time.monotonic()
     names = [name for name in options.only.split(",") if name] or list(generate.FAMILIES)
     if options.replay:
-        held = pickle.loads(lzma.decompress(Path(options.replay).read_bytes()))
-        batches = held["batches"]
-        real = {
-            name: [
-                _whole(case, *packed) for case, packed in zip(batches[name], held["real"][name], strict=True)
-            ]
-            for name in batches
-        }
+        batches, real = held_in(Path(options.replay))
     else:
         batches = {name: generate.batch(name, options.seed) for name in names}
         real = on_gpu(batches, options.seconds)
@@ -243,6 +225,17 @@ def main() -> int:
         f"({seconds_gpu:.0f} s on the GPU)"
     )
     return 0 if equal == cases else 1
+
+
+def held_in(path: Path) -> tuple[dict[str, list[Case]], dict[str, list[Outcome]]]:
+    """Cases and what the GPU made of them, from a copies_hardware.pkl.xz."""
+    held = pickle.loads(lzma.decompress(path.read_bytes()))
+    batches = held["batches"]
+    real = {
+        name: [_whole(case, *packed) for case, packed in zip(batches[name], held["real"][name], strict=True)]
+        for name in batches
+    }
+    return batches, real
 
 
 def _packed(case: Case, outcome: Outcome) -> tuple:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import tensor_map
+from .. import tensor_box, tensor_map
 from ..asynchronous import Issuer, Operation, ThreadGroups, thread_groups
 from ..checkers.races import Ticket
 from ..cta import Cta
@@ -26,6 +26,7 @@ from ..warp import LANES, Split, Wait, Warp
 # Reduces unsigned words: old ones in global memory and new ones from shared memory.
 Combine = Callable[[Array, Array], Array]
 
+_CLUSTER = {"reqnctapercluster", "explicitcluster"}  # directives of kernels that are launched as clusters
 _HINTS = {"L2::cache_hint", "tile", "weak"}
 _LOAD = ("global", "mbarrier::complete_tx::bytes")
 _STORE = ("global", "shared::cta", "bulk_group")
@@ -73,15 +74,6 @@ def _box(
     return box, region, int.from_bytes(found.fill_pattern[: min(box.unit, 8)], "little"), found.rounds
 
 
-def _tf32(values: Array) -> Array:
-    """FP32 bits in words of 4 bytes and more, rounded to nearest even TF32 as a tensor load does it."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits + (np.uint32(0xFFF) + (bits >> 13 & 1))) & np.uint32(0xFFFFE000)
-    nan = bits & 0x7FFFFFFF > 0x7F800000
-    found: Array = np.where(nan, np.uint32(0x7FFFE000), rounded).view(values.dtype)
-    return found
-
-
 def _load_box(
     cta: Cta,
     map_address: int,
@@ -96,7 +88,7 @@ def _load_box(
         held = box.addresses if box.in_bounds is None else box.addresses[box.in_bounds]
         gathered = region.gather(held, box.unit)
         if rounds:
-            gathered = _tf32(gathered)
+            gathered = tensor_box.to_tf32(gathered)
     if box.in_bounds is None and gathered is not None:
         values = gathered
     else:
@@ -345,6 +337,10 @@ def _bulk_load(i: Instruction, e: Emitter, *, from_shared: bool) -> None:
     def run(
         w: Warp, _s: Split, lanes: Array | None, to: Array, at: Array, size: Array, barrier: Array
     ) -> None:
+        if from_shared and not _CLUSTER & set(w.cta.grid.program.kernel.directives):
+            raise Fault(
+                "cluster", "a bulk copy from shared memory to that of a cluster, in a launch without clusters"
+            )
         for lane in _active(lanes):
             shared, count, target = _shared(to, lane), int(size[lane]), _shared(barrier, lane)
             begin = _shared(at, lane) if from_shared else int(at[lane])
