@@ -1,4 +1,4 @@
-"""A sample of what hardware did with cases, as text: the case itself and a digest of each part of its arena."""
+"""A sample of what hardware did with cases, as text: a case, and a digest of each part of its arena."""
 
 from __future__ import annotations
 

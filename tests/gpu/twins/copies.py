@@ -179,7 +179,7 @@ def row_ends_table(batches: dict, real: dict) -> list[str]:
         written += " and behind" if past and past[-1] >= rest else ""
         tally[case.family, rest, covered, written] += 1
     return [
-        f"{count:5}  {family}: {rest:2} bytes to the next 16, {covered:2} of them in the box, {written} written"
+        f"{count:5}  {family}: {rest:2} bytes to the next 16, {covered:2} of them boxed, {written} written"
         for (family, rest, covered, written), count in sorted(tally.items())
     ]
 
