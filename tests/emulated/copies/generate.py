@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from emulated.copies import mbarrier_scripts, ptx
-from emulated.copies.case import FIELDS, GUARD, SHARED_BYTES, SLICES, SPANS, TYPES, Case, Map
+from emulated.copies.case import FIELDS, GUARD, SHARED_BYTES, SPANS, TYPES, Case, Map
+from emulated.copies.draw import align, coordinates, random_map, tensor_case
 
-ROOM = SHARED_BYTES - 2048  # what boxes may take of shared memory
 _REDUCIBLE = {  # element types of tensor reductions; those not of PTX ISA's table that an H200 takes, too
     "add": (2, 3, 4, 6, 9, 7, 8),
     "min": (2, 3, 4, 5, 6, 9),
@@ -23,116 +23,6 @@ _REDUCIBLE = {  # element types of tensor reductions; those not of PTX ISA's tab
 _CONTENT = {2: "u32", 3: "u32", 4: "u64", 5: "u64", 6: "f16", 7: "f32", 8: "f64", 9: "bf16"}
 _CONTENT |= {10: "f32", 11: "f32", 12: "f32"}
 _TF32, _ROUNDABLE = (11, 12), (7, 10, 11, 12)  # types whose loads round to TF32, and those that can
-
-
-def _align(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
-
-
-def random_map(
-    rng: random.Random,
-    *,
-    rank: int | None = None,
-    kind: int | None = None,
-    interleave: int = 0,
-    swizzle: int | None = None,
-    steps: bool = False,
-    overlap: bool = False,
-) -> Map:
-    """A legal map whose box fits `ROOM`; `overlap` lets strides be shorter than what they step over, which a
-    load may."""
-    while True:
-        r = rank or rng.randint(3 if interleave else 1, 5)
-        k = rng.choice(list(TYPES)) if kind is None else kind
-        size = SLICES[interleave] or TYPES[k][1]
-        s = rng.randint(int(interleave == 2), 3) if swizzle is None else swizzle
-        widest = SPANS[s] or rng.choice([16, 32, 64, 128, 128, 256])
-        if interleave:
-            # The driver judges a row as if its slices were elements.
-            inner = rng.randint(1, 6) * 16 // TYPES[k][1]
-            first = rng.randint(1, 9)
-        else:
-            units = rng.randint(1, max(1, min(widest, 256 * size) // 16))
-            inner = min(256, units * 16 // size)
-            first = rng.randint(1, 3 * inner)
-            if rng.random() < 0.4:
-                first = _align(first, 16 // size if size < 16 else 1)
-        box = (inner, *(rng.choice([1, 2, 3, 4, 5, 8]) for _ in range(r - 1)))
-        dims = (first, *(rng.randint(1, 9) for _ in range(r - 1)))
-        element_steps = tuple(rng.choice([1, 2, 3, 8]) if steps else 1 for _ in range(r))
-        if not interleave:
-            element_steps = (1, *element_steps[1:])
-        align = 32 if interleave == 2 else 16
-        strides: list[int] = []
-        stride = first * size
-        for extent in dims[1:]:
-            stride = _align(stride, align) + align * rng.choice([0, 0, 1, 2])
-            if overlap and rng.random() < 0.5:
-                stride = align * rng.randint(0, 4)
-            strides.append(stride)
-            stride = max(stride * extent, first * size)
-        fill = int(TYPES[k][2] and rng.random() < 0.4)
-        m = Map(k, dims, tuple(strides), box, element_steps, interleave, s, rng.randint(0, 3), fill)
-        if m.shared_bytes + 1024 <= ROOM and m.tensor_bytes < 60000:
-            return m
-
-
-def coordinates(
-    rng: random.Random, m: Map, mode: str = "any", *, aligned: bool = True, negative: bool = True
-) -> tuple[int, ...]:
-    """Where a box begins: inside, across one edge or another, or wholly outside. `aligned`: at a multiple of
-    16 bytes of its row, as hardware wants it."""
-    found = []
-    for extent, box, step in zip(m.dims, m.box, m.steps, strict=True):
-        reach = box
-        del step
-        choices = {
-            "inside": [rng.randint(0, max(0, extent - reach))],
-            "any": [0, 0, rng.randint(-reach, extent), rng.randint(0, extent), -1, extent - 1],
-            "outside": [-reach, extent, -reach - 1, extent + 1, -reach - rng.randint(0, 1 << 20), 1 << 30],
-        }
-        found.append(rng.choice(choices["any" if mode == "outside" else mode]))
-    if mode == "outside":
-        d = rng.randrange(m.rank)
-        found[d] = rng.choice(
-            [-m.box[d], m.dims[d], -m.box[d] - 1, m.dims[d] + 1, -(1 << 30), (1 << 31) - 1, -(1 << 31)]
-        )
-    if aligned:
-        unit = max(1, 16 // m.item)
-        found[0] = found[0] // unit * unit
-    if not negative:
-        found = [max(0, at) for at in found]
-    return tuple(found)
-
-
-def tensor_case(
-    rng: random.Random,
-    family: str,
-    kernel: str,
-    m: Map,
-    coords: tuple[int, ...],
-    *,
-    content: str = "bits",
-    note: str = "",
-    template: Map | None = None,
-    replaced: tuple[str, ...] = (),
-) -> Case:
-    offset = 128 * rng.randint(0, 7)
-    return Case(
-        family,
-        f"{kernel}_{m.rank}d",
-        rng.randrange(1 << 32),
-        _align(m.tensor_bytes + m.offset + GUARD, 256),
-        min(SHARED_BYTES, _align(offset + m.shared_bytes, 512)),
-        m,
-        template,
-        replaced,
-        coords,
-        offset,
-        m.box_bytes,
-        content=content,
-        note=note,
-    )
 
 
 def loads(rng: random.Random, count: int) -> Iterator[Case]:
@@ -158,7 +48,7 @@ def narrow_loads(rng: random.Random, count: int) -> Iterator[Case]:
         inner = rng.randint(1, max(1, SPANS[swizzle] // 16 - 1)) * 16 // size
         rank = rng.randint(2, 3)
         dims = (rng.randint(1, 2 * inner), *(rng.randint(2, 12) for _ in range(rank - 1)))
-        strides = [_align(dims[0] * size, 16)]
+        strides = [align(dims[0] * size, 16)]
         if rank == 3:
             strides.append(strides[0] * dims[1])
         box = (inner, *(rng.randint(1, 9) for _ in range(rank - 1)))
@@ -205,10 +95,10 @@ def row_ends(rng: random.Random, count: int) -> Iterator[Case]:
         per_unit = 16 // size
         for swizzle in range(4):
             inner = min(SPANS[swizzle] or 48, 48) // size
-            inner = _align(inner, per_unit) if inner % per_unit else inner
+            inner = align(inner, per_unit) if inner % per_unit else inner
             for extent in range(1, 2 * per_unit + 2):
                 for start in (-per_unit, 0, per_unit, 2 * per_unit):
-                    stride = _align(extent * size, 16) + 16 * rng.randint(0, 1)
+                    stride = align(extent * size, 16) + 16 * rng.randint(0, 1)
                     m = Map(kind, (extent, 3), (stride,), (inner, 2), (1, 1), 0, swizzle, 0, 0)
                     coords = (start, rng.choice([0, 1, 2]))
                     note = f"extent {extent * size} bytes, from {start * size} on"
@@ -328,7 +218,7 @@ def replacements(rng: random.Random, count: int) -> Iterator[Case]:
                         **{
                             **fields,
                             "dims": (*target.dims, 1),
-                            "strides": (*target.strides, _align(target.tensor_bytes, 16)),
+                            "strides": (*target.strides, align(target.tensor_bytes, 16)),
                             "box": (*target.box, 1),
                             "steps": (*target.steps, 1),
                         }
@@ -380,12 +270,12 @@ def _bulk_copies(rng: random.Random, names: list[str], count: int) -> Iterator[C
         offset = 16 * rng.randint(0, 64)
         start = GUARD + 16 * rng.randint(0, 15)
         extra = 8192 + 16 * rng.randint(0, 64)
-        dump = _align(max(offset, extra if kernel.startswith("bulk_within") else 0) + size + 256, 512)
+        dump = align(max(offset, extra if kernel.startswith("bulk_within") else 0) + size + 256, 512)
         yield Case(
             kernel.replace("_", " "),
             kernel,
             rng.randrange(1 << 32),
-            _align(start + size + GUARD, 256),
+            align(start + size + GUARD, 256),
             min(dump, SHARED_BYTES),
             offset=offset,
             size=size,
@@ -404,8 +294,8 @@ def bulk_reductions(rng: random.Random, count: int) -> Iterator[Case]:
             f"bulk {operation} {kind}",
             f"bulk_{operation}_{kind}",
             rng.randrange(1 << 32),
-            _align(start + size + GUARD, 256),
-            _align(offset + size + 256, 512),
+            align(start + size + GUARD, 256),
+            align(offset + size + 256, 512),
             offset=offset,
             size=size,
             start=start,
@@ -421,7 +311,7 @@ def cp_asyncs(rng: random.Random, count: int) -> Iterator[Case]:
             "cp.async",
             f"cp_async_{cache}_{size}",
             rng.randrange(1 << 32),
-            _align(start + 32 * size + GUARD, 256),
+            align(start + 32 * size + GUARD, 256),
             1024,
             offset=16 * rng.randint(0, 16),
             start=start,
