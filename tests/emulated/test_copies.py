@@ -54,7 +54,8 @@ def test_tensor_reductions_combine_what_the_model_combines(seed):
 
 
 def test_bulk_copies_and_reductions_do_what_the_model_does(seed):
-    for number, case in enumerate(sample("bulk", seed, 40) + sample("bulk_reductions", seed, 110)):
+    cases = sample("bulk", seed, 40) + sample("bulk_within", seed, 10) + sample("bulk_reductions", seed, 110)
+    for number, case in enumerate(cases):
         check(case, number)
 
 
@@ -78,6 +79,16 @@ def test_barriers_give_the_counts_of_their_script(seed):
 def test_prefetches_change_nothing(seed):
     for case in sample("prefetches", seed, 10):
         check(case)
+
+
+def test_what_hardware_refuses_is_refused(seed):
+    families = set()
+    for number, case in enumerate(generate.batch("doubtful", seed)):
+        outcome = on_emulator.run(case, number)
+        assert outcome.error is not None, case.described()
+        assert outcome.error.startswith("EmulatorError"), outcome.error
+        families.add(case.family)
+    assert len(families) > 20
 
 
 @pytest.mark.parametrize("extent", [1, 15, 16, 17])

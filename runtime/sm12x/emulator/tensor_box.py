@@ -7,11 +7,12 @@ Sources: PTX ISA, Tensors: tiled mode, out-of-boundary access, interleave layout
 programming guide, TMA swizzle. Where they leave a choice, this is the one taken:
 - A box whose rows are narrower than its swizzle has them a whole swizzle span apart.
 - With interleave, dimension 0 counts slices of 16 or 32 bytes that lie behind each other (W of NC/8HWC8, of
-  which C/8 is a dimension like any other). Under this reading all that the driver API says of interleave has
-  a reason: at least 3 dimensions, a step along dimension 0, no rule for the bytes of a row. Nobody here has
-  compared it with hardware.
+  which C/8 is the last dimension but one). A box has one slice of channels, whatever its size there says.
 - A write does not stop at the end of a row but at that of the row's last 16 bytes, past the tensor's extent
-  where that is no multiple of 16 bytes; reads do stop there. No document says so; an H200 does it.
+  where that is no multiple of 16 bytes; reads do stop there.
+- A box begins at a multiple of 16 bytes of its row, also where it is out of bounds, and a write begins
+  nowhere in front of the tensor (no coordinate below 0); everything else may lie out of bounds anywhere.
+No document says so; an H200 does it, and refuses what is refused here (CUDA_ERROR_ILLEGAL_INSTRUCTION).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +29,7 @@ from numpy.typing import NDArray
 MOST_BYTES = 256 * 1024  # more than the shared memory of any SM
 SHARED_ALIGNMENT = 128  # of a box in shared memory, in bytes
 _UNITS = (1, 2, 4, 8, 16)
-_WRITE_UNIT = 16  # bytes of a row that are written, or not, together as far as the row's end decides
+_ROW_UNIT = 16  # bytes of a row at whose multiples boxes begin, and which are written together or not at all
 _PATTERN = 1024  # bytes after which the widest swizzle repeats
 
 
@@ -139,12 +141,17 @@ def walk(
             f"{shared_address:#x}"
         )
     elements, size, pitch = layout.item
-    multiple = 128 if layout.padded else elements
+    multiple = 128 if layout.padded else elements * max(1, _ROW_UNIT // size)
     if coords[0] % multiple:
-        raise ValueError(f"coordinate 0: expected a multiple of {multiple} for that type, got {coords[0]}")
+        raise ValueError(
+            f"coordinate 0: expected a multiple of {multiple} for that type ({_ROW_UNIT} bytes of a row), "
+            f"got {coords[0]}"
+        )
+    if writes and min(coords) < 0:
+        raise ValueError(f"coordinates: expected none below 0 for a write, got {tuple(coords)}")
     first, have, items = coords[0] // elements, dims[0] // elements, layout.counts[0] // elements
     if writes:
-        have = -(-have * size // _WRITE_UNIT) * _WRITE_UNIT // size
+        have = -(-have * size // _ROW_UNIT) * _ROW_UNIT // size
     step = layout.steps[0]
     # The items of a row that are inside, if any are.
     begin = min(items, max(0, -(first // step)))
@@ -168,6 +175,16 @@ def walk(
     held = addresses[mask]
     low, high = (int(held.min()), int(held.max()) + unit) if held.size else (base, base)
     return Box(unit, addresses, mask, offsets, low, high, layout.transaction_bytes)
+
+
+def to_tf32(values: NDArray[Any]) -> NDArray[Any]:
+    """FP32 bits in words of 4 bytes and more, rounded as loads through a map of TF32 round: to nearest even,
+    subnormals like others, a NaN to 0x7fffe000."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (np.uint32(0xFFF) + (bits >> 13 & 1))) & np.uint32(0xFFFFE000)
+    nan = bits & 0x7FFFFFFF > 0x7F800000
+    found: NDArray[Any] = np.where(nan, np.uint32(0x7FFFE000), rounded).view(values.dtype)
+    return found
 
 
 def _rows_inside(layout: Layout, coords: Sequence[int], dims: tuple[int, ...]) -> NDArray[np.bool_]:

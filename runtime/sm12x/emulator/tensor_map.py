@@ -14,6 +14,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 from .tensor_box import Box, Layout, walk
 
@@ -21,8 +22,8 @@ SIZE = 128  # bytes of a tensor map
 ALIGNMENT = 64  # of a tensor map in any memory, in bytes
 
 # address, 5 dims, 4 strides, 5 box, 5 element strides, then one byte each: type, rank - 1, interleave,
-# swizzle mode, swizzle atomicity, L2 promotion, fill
-_FIELDS = struct.Struct("<Q5Q4Q5H5B7B")
+# swizzle mode, swizzle atomicity, L2 promotion, fill, whether loads round to TF32
+_FIELDS = struct.Struct("<Q5Q4Q5H5B8B")
 _MARK_AT = 120
 # Written by encode and by every replace: bytes without it were never a tensor map.
 _MARK = b"SM12xMap"
@@ -68,8 +69,10 @@ _SPANS = (0, 32, 64, 128, 96)  # of a swizzle_mode, in bytes
 _ATOMS = (16, 32, 32, 64)  # of a swizzle_atomicity, in bytes
 _SWIZZLE_96, _FLIPPED_ATOMS = 4, 2  # a swizzle_mode and a swizzle_atomicity that are not implemented
 FILLS = ("zero", "nan")  # CUtensorMapFloatOOBfill
-# Out-of-bounds NaN: no document gives its bits. A NaN in every type when repeated; 0x7ff7 is what others
-# report from hardware.
+_TF32 = (11, 12)  # types whose loads round
+_ROUNDABLE = (7, 10, 11, 12)  # types that a load which rounds may have
+_BOX_BYTES = 228 * 1024  # that a box may have at most, whatever the device: the driver's limit on an H200
+# Out-of-bounds NaN, on an H200: a NaN in every type when repeated. No document gives its bits.
 _NAN_FILL = bytes.fromhex("f77f") * 8
 
 
@@ -83,6 +86,8 @@ class TensorMap:
     strides: bytes between neighbours of dimensions 1 and up.
     interleave: 0, 16 or 32 bytes. swizzle: 0, 32, 64 or 128 bytes, in which chunks of `swizzle_atom` bytes
       change places. l2_promotion: CUtensorMapL2promotion, without effect here. fill: "zero" or "nan".
+    rounds: whether loads round FP32 to TF32: to nearest even, a NaN to 0x7fffe000, subnormals like others,
+      and what is filled in not at all. Other types load every bit as it is; `.ftz` flushes nothing.
     layout: what decides how a box is walked: all but the address, the tensor's size and the fill.
     """
 
@@ -97,6 +102,7 @@ class TensorMap:
     swizzle_atom: int
     l2_promotion: int
     fill: str
+    rounds: bool
     layout: Layout
 
     @property
@@ -131,7 +137,7 @@ class TensorMap:
 
         `unit`: bytes per entry of the index arrays, a power of two up to 16; None takes the largest that fits
         the box. `writes`: for a store or reduction, whose rows end where their last 16 bytes do. Raises
-        ValueError where rank, alignment or unit do not fit.
+        ValueError where rank, alignment or unit do not fit, and where a write begins in front of the tensor.
         """
         return walk(self.layout, self.address, self.dims, tuple(coords), shared_address, unit, writes)
 
@@ -149,10 +155,17 @@ def encode_tiled(
     l2: int,
     oob_fill: int,
 ) -> bytes:
-    """The 128 bytes of a tensor map; arguments, in their order and numbering, are cuTensorMapEncodeTiled's.
+    """The 128 bytes of a tensor map; arguments, in order and numbering, are cuTensorMapEncodeTiled's.
 
-    Raises ValueError, which names the argument in the driver's words, for whatever the driver API's reference
-    forbids, and for the one swizzle mode that is not implemented.
+    Raises ValueError, which names the argument in the driver's words, for what the driver refuses, and for
+    the one swizzle mode that is not implemented. An H200's driver (580.159) was asked 30,000 times
+    (tests/gpu/twins/encoding.py). Where it parts from the driver API's reference it is followed:
+    - the address may be 0, and is below 2**57;
+    - with interleave, too, `box[0]` elements (not slices) are a multiple of 16 bytes;
+    - an interleave of 32 bytes goes with any swizzle;
+    - strides need not grow, nor step over what is inside: 0 will do;
+    - a box has at most 228 KiB, its extents divided by element strides, dimension 0's too, and rounded down.
+    Types and swizzles that only later devices have are refused by that driver and taken here.
     """
     _in_range("tensorRank", rank, 1, 5)
     for name, values, count in (
@@ -176,10 +189,9 @@ def encode_tiled(
         *_SWIZZLES[swizzle],
         l2,
         oob_fill,
+        data_type in _TF32,
     )
-    _check(
-        raw, least_address=0
-    )  # CUTLASS's array kernels encode null, and replace it before they use the map
+    _check(raw)
     return raw.pack()
 
 
@@ -232,6 +244,8 @@ def replace(data: bytes, field: str, index: int | None, value: int) -> bytes:
     elif field == "elemtype":
         _in_range("elemtype", value, 0, len(_PTX_ELEMENTS) - 1)
         raw.data_type = _PTX_ELEMENTS[value]
+        # As on an H200, no other type takes the rounding away.
+        raw.rounds |= raw.data_type in _TF32
     elif field == "interleave_layout":
         _in_range("interleave_layout", value, 0, 2)
         raw.interleave = value
@@ -266,6 +280,7 @@ class _Raw:
     atomicity: int
     l2: int
     fill: int
+    rounds: int
 
     def pack(self) -> bytes:
         fields = _FIELDS.pack(
@@ -281,6 +296,7 @@ class _Raw:
             self.atomicity,
             self.l2,
             self.fill,
+            self.rounds,
         )
         return fields.ljust(_MARK_AT, b"\0") + _MARK
 
@@ -302,14 +318,20 @@ class _Raw:
 @lru_cache(maxsize=1024)
 def _decode(data: bytes) -> TensorMap:
     raw = _Raw.unpack(data, blank=False)
-    _check(raw, least_address=1)
+    _check(raw)
+    if raw.rounds and raw.data_type not in _ROUNDABLE:
+        raise ValueError(
+            f"elemtype: {ELEMENTS[raw.data_type].name} in a map of TF32, whose rounding no replacement ends"
+        )
     rank, element = raw.rank, ELEMENTS[raw.data_type]
     box, strides = tuple(raw.box[:rank]), tuple(raw.strides[: rank - 1])
     steps = tuple(raw.element_strides[:rank])
     if not raw.interleave:
         steps = (1, *steps[1:])
     interleave, swizzle, atom = INTERLEAVES[raw.interleave], _SPANS[raw.swizzle], _ATOMS[raw.atomicity]
-    counts = tuple(-(-extent // step) for extent, step in zip(box, steps, strict=True))
+    counts = [-(-extent // step) for extent, step in zip(box, steps, strict=True)]
+    if interleave:
+        counts[-2] = 1  # C/8 of NC/8HWC8: an H200 takes one slice of channels, whatever the box says
     return TensorMap(
         address=raw.address,
         element=element,
@@ -322,12 +344,13 @@ def _decode(data: bytes) -> TensorMap:
         swizzle_atom=atom,
         l2_promotion=raw.l2,
         fill=FILLS[raw.fill],
-        layout=Layout(element.bits, element.padded, strides, counts, steps, interleave, swizzle, atom),
+        rounds=bool(raw.rounds),
+        layout=Layout(element.bits, element.padded, strides, tuple(counts), steps, interleave, swizzle, atom),
     )
 
 
-def _check(raw: _Raw, *, least_address: int) -> None:
-    """The rules of cuTensorMapEncodeTiled, in the order of its reference."""
+def _check(raw: _Raw) -> None:
+    """The rules of cuTensorMapEncodeTiled; see `encode_tiled`."""
     _in_range("tensorDataType", raw.data_type, 0, len(ELEMENTS) - 1)
     _in_range("interleave", raw.interleave, 0, 2)
     _in_range("l2Promotion", raw.l2, 0, 3)
@@ -341,7 +364,7 @@ def _check(raw: _Raw, *, least_address: int) -> None:
     if interleave and raw.rank < 3:
         raise ValueError(f"tensorRank: expected at least 3 with interleave, got {raw.rank}")
     wide = interleave == 32 or element.padded
-    _in_range("globalAddress", raw.address, least_address, 2**64 - 1)
+    _in_range("globalAddress", raw.address, 0, 2**57 - 1)
     _multiple("globalAddress", raw.address, 32 if wide else 16)
     rank = raw.rank
     for i, size in enumerate(raw.dims[:rank]):
@@ -364,17 +387,17 @@ def _check(raw: _Raw, *, least_address: int) -> None:
             raise ValueError(f"interleave: expected none with {element.name}, got {interleave}")
         if span not in (0, 128):
             raise ValueError(f"swizzle: expected none or 128 bytes with {element.name}, got {span}")
-    inner = raw.box[0] * (8 if element.padded else element.bits) // 8
-    if not interleave:
-        if raw.box[0] * element.bits % 128 and not element.padded:
-            raise ValueError(f"boxDim[0]: expected a multiple of 16 bytes, got {raw.box[0]} x {element.name}")
-        if span and inner > span:
-            raise ValueError(
-                f"boxDim[0]: expected at most {span} bytes with that swizzle, got {raw.box[0]} x "
-                f"{element.name}"
-            )
-    if interleave == 32 and span != 32:
-        raise ValueError(f"swizzle: expected 32 bytes with an interleave of 32 bytes, got {span}")
+    bits = 8 if element.padded else element.bits
+    if raw.box[0] * element.bits % 128 and not element.padded:
+        raise ValueError(f"boxDim[0]: expected a multiple of 16 bytes, got {raw.box[0]} x {element.name}")
+    if not interleave and span and raw.box[0] * bits // 8 > span:
+        raise ValueError(
+            f"boxDim[0]: expected at most {span} bytes with that swizzle, got {raw.box[0]} x {element.name}"
+        )
+    pairs = zip(raw.box[:rank], raw.element_strides[:rank], strict=True)
+    size = prod(extent // step for extent, step in pairs) * bits // 8
+    if size > _BOX_BYTES:
+        raise ValueError(f"boxDim: expected at most {_BOX_BYTES} bytes, got {size}")
     if raw.fill and not element.is_float:
         raise ValueError(f"oobFill: expected zeros for {element.name}, which has no NaN")
 

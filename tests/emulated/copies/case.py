@@ -84,9 +84,13 @@ class Map:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Items that a box has in each dimension. The step of dimension 0 counts with interleave only."""
+        """Items that a box has in each dimension. The step of dimension 0 counts with interleave only, which
+        has one slice of channels only."""
         steps = self.steps if self.interleave else (1, *self.steps[1:])
-        return tuple(-(-extent // step) for extent, step in zip(self.box, steps, strict=True))
+        found = [-(-extent // step) for extent, step in zip(self.box, steps, strict=True)]
+        if self.interleave:
+            found[-2] = 1
+        return tuple(found)
 
     @property
     def box_bytes(self) -> int:
@@ -237,6 +241,10 @@ def values(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
         pick = rng.random(count)
         found = np.where(pick < 0.7, usual, bits)
         found = np.where(pick > 0.85, rng.choice(np.array(special, word), count), found).astype(word)
+        if kind == "f32":
+            # Half-way between two tf32 numbers, and next to that.
+            end = rng.choice(np.array([0xFFF, 0x1000, 0x1001, 0, 0x1FFF], np.uint32), count)
+            found = np.where(rng.random(count) < 0.3, found & np.uint32(0xFFFFE000) | end, found).astype(word)
     else:
         word = np.dtype(f"u{int(kind[1:]) // 8}")
         count = -(-size // 8) * 8 // word.itemsize

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from emulated.copies.case import SLICES, TYPES
-from emulated.copies.generate import random_map
+from emulated.copies.draw import random_map
 from sm12x.emulator import tensor_map
 
 Change = tuple[str, int | None, int]

@@ -4,129 +4,33 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from emulated.copies import mbarrier_scripts, ptx
-from emulated.copies.case import FIELDS, GUARD, SHARED_BYTES, SLICES, SPANS, TYPES, Case, Map
+from emulated.copies.case import FIELDS, GUARD, SHARED_BYTES, SPANS, TYPES, Case, Map
+from emulated.copies.draw import align, coordinates, random_map, tensor_case
 
-ROOM = SHARED_BYTES - 2048  # what boxes may take of shared memory
-_REDUCIBLE = {  # element types that PTX ISA gives tensor reductions, and f32.add, which CUTLASS uses
-    "add": (2, 3, 4, 6, 9, 7),
+_REDUCIBLE = {  # element types of tensor reductions; those not of PTX ISA's table that an H200 takes, too
+    "add": (2, 3, 4, 6, 9, 7, 8),
     "min": (2, 3, 4, 5, 6, 9),
     "max": (2, 3, 4, 5, 6, 9),
     "inc": (2,),
     "dec": (2,),
-    "and": (2, 3, 4, 5),
-    "or": (2, 3, 4, 5),
-    "xor": (2, 3, 4, 5),
+    "and": (2, 3, 4),
+    "or": (2, 3, 4),
+    "xor": (2, 3, 4),
 }
-_CONTENT = {2: "u32", 3: "u32", 4: "u64", 5: "u64", 6: "f16", 7: "f32", 9: "bf16"}
-
-
-def _align(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
-
-
-def random_map(
-    rng: random.Random,
-    *,
-    rank: int | None = None,
-    kind: int | None = None,
-    interleave: int = 0,
-    swizzle: int | None = None,
-    steps: bool = False,
-    overlap: bool = False,
-) -> Map:
-    """A legal map whose box fits `ROOM`; `overlap` lets strides be shorter than what they step over, which a
-    load may."""
-    while True:
-        r = rank or rng.randint(3 if interleave else 1, 5)
-        k = rng.choice(list(TYPES)) if kind is None else kind
-        size = SLICES[interleave] or TYPES[k][1]
-        s = 1 if interleave == 2 else rng.randint(0, 3) if swizzle is None else swizzle
-        widest = SPANS[s] or rng.choice([16, 32, 64, 128, 128, 256])
-        if interleave:
-            inner, first = rng.randint(1, 6), rng.randint(1, 9)
-        else:
-            units = rng.randint(1, max(1, min(widest, 256 * size) // 16))
-            inner = min(256, units * 16 // size)
-            first = rng.randint(1, 3 * inner)
-            if rng.random() < 0.4:
-                first = _align(first, 16 // size if size < 16 else 1)
-        box = (inner, *(rng.choice([1, 2, 3, 4, 5, 8]) for _ in range(r - 1)))
-        dims = (first, *(rng.randint(1, 9) for _ in range(r - 1)))
-        element_steps = tuple(rng.choice([1, 2, 3, 8]) if steps else 1 for _ in range(r))
-        if not interleave:
-            element_steps = (1, *element_steps[1:])
-        align = 32 if interleave == 2 else 16
-        strides: list[int] = []
-        stride = first * size
-        for extent in dims[1:]:
-            stride = _align(stride, align) + align * rng.choice([0, 0, 1, 2])
-            if overlap and rng.random() < 0.5:
-                stride = align * rng.randint(0, 4)
-            strides.append(stride)
-            stride = max(stride * extent, first * size)
-        fill = int(TYPES[k][2] and rng.random() < 0.4)
-        m = Map(k, dims, tuple(strides), box, element_steps, interleave, s, rng.randint(0, 3), fill)
-        if m.shared_bytes + 1024 <= ROOM and m.tensor_bytes < 60000:
-            return m
-
-
-def coordinates(rng: random.Random, m: Map, mode: str = "any") -> tuple[int, ...]:
-    """Where a box begins: inside, across one edge or another, or wholly outside."""
-    found = []
-    for extent, box, step in zip(m.dims, m.box, m.steps, strict=True):
-        reach = box
-        del step
-        choices = {
-            "inside": [rng.randint(0, max(0, extent - reach))],
-            "any": [0, 0, rng.randint(-reach, extent), rng.randint(0, extent), -1, extent - 1],
-            "outside": [-reach, extent, -reach - 1, extent + 1, -reach - rng.randint(0, 1 << 20), 1 << 30],
-        }
-        found.append(rng.choice(choices["any" if mode == "outside" else mode]))
-    if mode == "outside":
-        d = rng.randrange(m.rank)
-        found[d] = rng.choice(
-            [-m.box[d], m.dims[d], -m.box[d] - 1, m.dims[d] + 1, -(1 << 30), (1 << 31) - 1, -(1 << 31)]
-        )
-    return tuple(found)
-
-
-def tensor_case(
-    rng: random.Random,
-    family: str,
-    kernel: str,
-    m: Map,
-    coords: tuple[int, ...],
-    *,
-    content: str = "bits",
-    note: str = "",
-    template: Map | None = None,
-    replaced: tuple[str, ...] = (),
-) -> Case:
-    offset = 128 * rng.randint(0, 7)
-    return Case(
-        family,
-        f"{kernel}_{m.rank}d",
-        rng.randrange(1 << 32),
-        _align(m.tensor_bytes + m.offset + GUARD, 256),
-        min(SHARED_BYTES, _align(offset + m.shared_bytes, 512)),
-        m,
-        template,
-        replaced,
-        coords,
-        offset,
-        m.box_bytes,
-        content=content,
-        note=note,
-    )
+_CONTENT = {2: "u32", 3: "u32", 4: "u64", 5: "u64", 6: "f16", 7: "f32", 8: "f64", 9: "bf16"}
+_CONTENT |= {10: "f32", 11: "f32", 12: "f32"}
+_TF32, _ROUNDABLE = (11, 12), (7, 10, 11, 12)  # types whose loads round to TF32, and those that can
 
 
 def loads(rng: random.Random, count: int) -> Iterator[Case]:
     for number in range(count):
         mode = ("any", "inside", "any", "outside", "any")[number % 5]
         m = random_map(rng, rank=1 + number // 5 % 5, overlap=number % 7 == 0)
-        yield tensor_case(rng, "load", "load", m, coordinates(rng, m, mode))
+        content = _CONTENT.get(m.kind, "bits") if number % 2 else "bits"
+        yield tensor_case(rng, "load", "load", m, coordinates(rng, m, mode), content=content)
 
 
 def strided_loads(rng: random.Random, count: int) -> Iterator[Case]:
@@ -144,13 +48,14 @@ def narrow_loads(rng: random.Random, count: int) -> Iterator[Case]:
         inner = rng.randint(1, max(1, SPANS[swizzle] // 16 - 1)) * 16 // size
         rank = rng.randint(2, 3)
         dims = (rng.randint(1, 2 * inner), *(rng.randint(2, 12) for _ in range(rank - 1)))
-        strides = [_align(dims[0] * size, 16)]
+        strides = [align(dims[0] * size, 16)]
         if rank == 3:
             strides.append(strides[0] * dims[1])
         box = (inner, *(rng.randint(1, 9) for _ in range(rank - 1)))
         m = Map(kind, dims, tuple(strides), box, (1,) * rank, 0, swizzle, 0, 0)
         kernel = ("load", "load", "store")[number % 3]
-        yield tensor_case(rng, f"{kernel}, narrow rows", kernel, m, coordinates(rng, m))
+        coords = coordinates(rng, m, negative=kernel == "load")
+        yield tensor_case(rng, f"{kernel}, narrow rows", kernel, m, coords)
 
 
 def interleaved(rng: random.Random, count: int) -> Iterator[Case]:
@@ -160,20 +65,23 @@ def interleaved(rng: random.Random, count: int) -> Iterator[Case]:
             rng,
             kind=kind,
             interleave=1 + number % 2,
-            swizzle=0 if number % 4 < 2 else None,
+            swizzle=0 if number % 4 == 0 else None,
             steps=number % 3 == 0,
         )
         kernel = "load" if number % 3 or m.steps[0] > 1 else "store"
         if kernel == "store" and any(step > 1 for step in m.steps):
             kernel = "load"
-        yield tensor_case(rng, f"{kernel}, interleave", kernel, m, coordinates(rng, m))
+        coords = coordinates(rng, m, negative=kernel == "load")
+        yield tensor_case(rng, f"{kernel}, interleave", kernel, m, coords)
 
 
 def stores(rng: random.Random, count: int) -> Iterator[Case]:
     for number in range(count):
         mode = ("any", "inside", "any", "outside", "any")[number % 5]
         m = random_map(rng, rank=1 + number // 5 % 5)
-        yield tensor_case(rng, "store", "store", m, coordinates(rng, m, mode))
+        content = _CONTENT.get(m.kind, "bits") if number % 2 else "bits"
+        coords = coordinates(rng, m, mode, negative=False)
+        yield tensor_case(rng, "store", "store", m, coords, content=content)
 
 
 def row_ends(rng: random.Random, count: int) -> Iterator[Case]:
@@ -187,17 +95,17 @@ def row_ends(rng: random.Random, count: int) -> Iterator[Case]:
         per_unit = 16 // size
         for swizzle in range(4):
             inner = min(SPANS[swizzle] or 48, 48) // size
-            inner = _align(inner, per_unit) if inner % per_unit else inner
-            for extent in range(1, 2 * per_unit + 2, 1 if per_unit <= 4 else 3):
-                starts = sorted({0, 1, per_unit, extent - 1, extent, extent + 1, -1, per_unit // 2})
-                for start in starts:
-                    stride = _align(extent * size, 16) + 16 * rng.randint(0, 1)
+            inner = align(inner, per_unit) if inner % per_unit else inner
+            for extent in range(1, 2 * per_unit + 2):
+                for start in (-per_unit, 0, per_unit, 2 * per_unit):
+                    stride = align(extent * size, 16) + 16 * rng.randint(0, 1)
                     m = Map(kind, (extent, 3), (stride,), (inner, 2), (1, 1), 0, swizzle, 0, 0)
                     coords = (start, rng.choice([0, 1, 2]))
                     note = f"extent {extent * size} bytes, from {start * size} on"
+                    yield tensor_case(rng, "load, row ends", "load", m, coords, note=note)
+                    if start < 0:
+                        continue
                     yield tensor_case(rng, "store, row ends", "store", m, coords, note=note)
-                    if start % 2 == 0 or size >= 4:
-                        yield tensor_case(rng, "load, row ends", "load", m, coords, note=note)
                     if size >= 4:
                         yield tensor_case(rng, "reduce, row ends", "reduce_xor", m, coords, note=note)
 
@@ -207,9 +115,65 @@ def reductions(rng: random.Random, count: int) -> Iterator[Case]:
     for number in range(count):
         operation, kind = every[number % len(every)]
         m = random_map(rng, rank=1 + number // len(every) % 5, kind=kind)
-        coords = coordinates(rng, m)
+        coords = coordinates(rng, m, negative=False)
         family = f"reduce {operation} {TYPES[kind][0]}"
         yield tensor_case(rng, family, f"reduce_{operation}", m, coords, content=_CONTENT[kind])
+
+
+def doubtful(rng: random.Random, count: int) -> Iterator[Case]:
+    """What both sides refuse: rows that begin between multiples of 16 bytes, writes that begin in front of
+    the tensor, misaligned addresses, a cluster's memory without one, elements that cannot be reduced, types
+    without a rounding in a map that has one."""
+    kernels = ("load", "store", "reduce_xor", "prefetch")
+    yield from _misaligned(rng, count // 2)
+    yield from _bulk_copies(rng, ["bulk_within", "bulk_within_mapped"], 8)
+    for operation, kinds in _REDUCIBLE.items():
+        # An H200 adds these, which no document says anything of.
+        odd = set(TYPES) - set(kinds) - ({10, 11, 12} if operation == "add" else set())
+        kind = rng.choice(sorted(odd))
+        m = random_map(rng, kind=kind)
+        content = _CONTENT.get(kind, "bits")
+        family, coords = f"reduce {operation} {TYPES[kind][0]}", coordinates(rng, m, negative=False)
+        yield tensor_case(rng, family, f"reduce_{operation}", m, coords, content=content)
+    for kind in set(TYPES) - set(_ROUNDABLE):
+        for tf32 in _TF32:
+            target, template = random_map(rng, rank=2, kind=kind), random_map(rng, rank=2, kind=tf32)
+            coords = coordinates(rng, target)
+            family = "replace elemtype of TF32"
+            yield tensor_case(rng, family, "replace", target, coords, template=template, replaced=FIELDS)
+    for number in range(count):
+        kernel = kernels[number % 4]
+        m = random_map(rng, rank=1 + number // 4 % 5, kind=2)
+        inside = coordinates(rng, m, negative=False)
+        off = rng.choice([1, 2, 3, 5, -1, -2, -3])
+        yield tensor_case(rng, f"{kernel}, misaligned row", kernel, m, (off, *inside[1:]))
+    for number in range(count):
+        kernel = kernels[1 + number % 2]
+        m = random_map(rng, rank=1 + number // 2 % 5, kind=rng.choice([2, 4]))
+        found = list(coordinates(rng, m, negative=False))
+        d = rng.randrange(m.rank)
+        unit = max(1, 16 // m.item) if d == 0 else 1
+        found[d] = -unit * rng.choice([1, 2, m.box[d] // unit or 1, 1 << 20])
+        note = f"negative in dimension {d}"
+        yield tensor_case(rng, f"{kernel}, in front of the tensor", kernel, m, tuple(found), note=note)
+
+
+def _leaves_rounding(template: Map, target: Map) -> bool:
+    """Whether a map that rounds to TF32 becomes one whose type cannot: the rounding stays."""
+    return template.kind in _TF32 and target.kind not in _ROUNDABLE
+
+
+def _misaligned(rng: random.Random, count: int) -> Iterator[Case]:
+    for number in range(count):
+        kernel = ("load", "store")[number % 2]
+        m = random_map(rng, kind=2)
+        case = tensor_case(rng, "", kernel, m, coordinates(rng, m, "inside"))
+        family = f"{kernel}, misaligned in shared memory"
+        yield replace(case, family=family, offset=case.offset + rng.choice([8, 16, 32, 64]))
+    for number, case in enumerate(_bulk_copies(rng, ["bulk_load", "bulk_store"], count)):
+        name, where = case.kernel.replace("_", " "), ("offset", "start")[number // 2 % 2]
+        family = f"{name}, misaligned {'in shared memory' if where == 'offset' else 'in global memory'}"
+        yield replace(case, family=family, **{where: getattr(case, where) + rng.choice([1, 4, 8])})
 
 
 def prefetches(rng: random.Random, count: int) -> Iterator[Case]:
@@ -225,6 +189,8 @@ def replacements(rng: random.Random, count: int) -> Iterator[Case]:
         rank = 1 + number % 5
         target = random_map(rng, rank=rank, steps=number % 3 == 0)
         other = random_map(rng, rank=rank)
+        while _leaves_rounding(other, target):
+            other = random_map(rng, rank=rank)
         kinds = [("global_address", {"offset": target.offset + 64})]
         kinds.append(("global_dim", {"dims": other.dims}))
         kinds.append(("box_dim", {"box": (target.box[0], *other.box[1:])}))
@@ -235,6 +201,7 @@ def replacements(rng: random.Random, count: int) -> Iterator[Case]:
             kinds.append(("swizzle_mode", {"swizzle": (target.swizzle + 1) % 4}))
         same = [k for k, (_, size, floating) in TYPES.items() if size == TYPES[target.kind][1]]
         same = [k for k in same if TYPES[k][2] or not target.fill]
+        same = [k for k in same if k not in _TF32 or target.kind in _ROUNDABLE]
         kinds.append(("elemtype", {"kind": rng.choice(same)}))
         kinds.append(("rank", {}))
         which = number // 5 % (len(kinds) + 2)
@@ -251,7 +218,7 @@ def replacements(rng: random.Random, count: int) -> Iterator[Case]:
                         **{
                             **fields,
                             "dims": (*target.dims, 1),
-                            "strides": (*target.strides, _align(target.tensor_bytes, 16)),
+                            "strides": (*target.strides, align(target.tensor_bytes, 16)),
                             "box": (*target.box, 1),
                             "steps": (*target.steps, 1),
                         }
@@ -273,6 +240,8 @@ def replacements(rng: random.Random, count: int) -> Iterator[Case]:
         # Interleave on and off needs a template that is legal both ways.
         target = random_map(rng, rank=3 + number % 3, interleave=1, swizzle=0)
         template = random_map(rng, rank=target.rank)
+        while _leaves_rounding(template, target):
+            template = random_map(rng, rank=target.rank)
         yield tensor_case(
             rng,
             "replace all fields, interleave",
@@ -285,19 +254,28 @@ def replacements(rng: random.Random, count: int) -> Iterator[Case]:
 
 
 def bulk_copies(rng: random.Random, count: int) -> Iterator[Case]:
-    names = ["bulk_load", "bulk_store", "bulk_within", "bulk_prefetch"]
+    names = ["bulk_load", "bulk_store", "bulk_load", "bulk_store", "bulk_prefetch"]
+    yield from _bulk_copies(rng, names, count)
+
+
+def bulk_within(rng: random.Random, count: int) -> Iterator[Case]:
+    """From shared to shared memory of a cluster."""
+    yield from _bulk_copies(rng, ["bulk_within_cluster", "bulk_within_both"], count)
+
+
+def _bulk_copies(rng: random.Random, names: list[str], count: int) -> Iterator[Case]:
     for number in range(count):
-        kernel = names[number % 4]
+        kernel = names[number % len(names)]
         size = 16 * rng.choice([1, 2, 3, rng.randint(1, 255), 255, 256])
         offset = 16 * rng.randint(0, 64)
         start = GUARD + 16 * rng.randint(0, 15)
         extra = 8192 + 16 * rng.randint(0, 64)
-        dump = _align(max(offset, extra if kernel == "bulk_within" else 0) + size + 256, 512)
+        dump = align(max(offset, extra if kernel.startswith("bulk_within") else 0) + size + 256, 512)
         yield Case(
             kernel.replace("_", " "),
             kernel,
             rng.randrange(1 << 32),
-            _align(start + size + GUARD, 256),
+            align(start + size + GUARD, 256),
             min(dump, SHARED_BYTES),
             offset=offset,
             size=size,
@@ -316,8 +294,8 @@ def bulk_reductions(rng: random.Random, count: int) -> Iterator[Case]:
             f"bulk {operation} {kind}",
             f"bulk_{operation}_{kind}",
             rng.randrange(1 << 32),
-            _align(start + size + GUARD, 256),
-            _align(offset + size + 256, 512),
+            align(start + size + GUARD, 256),
+            align(offset + size + 256, 512),
             offset=offset,
             size=size,
             start=start,
@@ -333,7 +311,7 @@ def cp_asyncs(rng: random.Random, count: int) -> Iterator[Case]:
             "cp.async",
             f"cp_async_{cache}_{size}",
             rng.randrange(1 << 32),
-            _align(start + 32 * size + GUARD, 256),
+            align(start + 32 * size + GUARD, 256),
             1024,
             offset=16 * rng.randint(0, 16),
             start=start,
@@ -359,10 +337,13 @@ FAMILIES: dict[str, tuple[Callable[[random.Random, int], Iterator[Case]], int]] 
     "prefetches": (prefetches, 20),
     "replacements": (replacements, 1200),
     "bulk": (bulk_copies, 400),
+    "bulk_within": (bulk_within, 100),
     "bulk_reductions": (bulk_reductions, 540),
     "cp_async": (cp_asyncs, 60),
     "mbarrier": (barriers, mbarrier_scripts.COUNT),
+    "doubtful": (doubtful, 40),
 }
+DOUBTFUL = {"doubtful"}  # those of FAMILIES whose cases hardware is expected to refuse
 
 
 def batch(name: str, seed: int) -> list[Case]:

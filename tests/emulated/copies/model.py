@@ -58,10 +58,32 @@ def expected(case: Case) -> bytes:
 
 def _load(case: Case, before: Bytes, after: Bytes) -> None:
     fill = np.frombuffer(NAN_FILL * 8 if case.map.fill else bytes(16), np.uint8)
+    template = case.template or case.map
+    rounds = "tf32" in TYPES[case.map.kind][0] or "tf32" in TYPES[template.kind][0]
     for to, at, size in pieces(case, writes=False):
         to += case.places[1]
-        after[to : to + size] = fill[:size] if at is None else before[at : at + size]
+        if at is None:
+            after[to : to + size] = fill[:size]
+        else:
+            item = before[at : at + size]
+            after[to : to + size] = tf32(item) if rounds else item
     _completed(case, after)
+
+
+def tf32(item: Bytes) -> Bytes:
+    """FP32 values rounded to the nearest of 10 bits behind the point, of two to the even one."""
+    found = []
+    for value in item.view(np.float32):
+        mantissa, exponent = np.frexp(np.float64(value))
+        digits = max(exponent, -125) - 11  # of the last bit
+        whole = np.round(np.ldexp(np.float64(value), -digits))
+        with np.errstate(over="ignore"):
+            bits = np.float32(np.ldexp(whole, digits)).view(np.uint32)
+        if np.isnan(value):
+            found.append(0x7FFFE000)
+        else:
+            found.append(int(bits if np.isfinite(mantissa) else value.view(np.uint32)))
+    return np.array(found, np.uint32).view(np.uint8)
 
 
 def _completed(case: Case, after: Bytes) -> None:
@@ -165,9 +187,7 @@ def _combined(operation: str, kind: str, old: Bytes, new: Bytes) -> Bytes:
     x, y = (value.view(_FLOATS[kind])[0] for value in (old, new))
     if operation == "add":
         if kind == "f64" and (np.isnan(x) or np.isnan(y)):
-            # The first NaN, made quiet.
-            payload = int((old if np.isnan(x) else new).view(np.uint64)[0]) | 1 << 51
-            return _bytes(payload, 8)
+            return new if np.isnan(y) else old  # as it is, not made quiet
         with np.errstate(all="ignore"):
             # float64 has over twice the digits of the others, so that rounding twice rounds once.
             found = np.array([np.float64(x) + np.float64(y)]).astype(_FLOATS[kind])

@@ -50,7 +50,7 @@ _HEADER = f"""
 """
 
 _KERNEL = """
-.visible .entry {name}(.param .u64 {name}_table, .param .u32 {name}_first)
+.visible .entry {name}(.param .u64 {name}_table, .param .u32 {name}_first){directive}
 {{
     .reg .pred %p<64>;
     .reg .b32 %r<64>;
@@ -137,13 +137,21 @@ _GROUP = "    cp.async.bulk.commit_group;\n    cp.async.bulk.wait_group 0;"
 _NAMES = {name: value for name, value in vars(case).items() if name.isupper() and isinstance(value, int)}
 
 
-def _kernel(name: str, body: str, *, rank: int = 0, setup: str = _BARRIER, alone: bool = True) -> str:
-    """`alone`: only lane 0 runs the body."""
+def _kernel(
+    name: str, body: str, *, rank: int = 0, setup: str = _BARRIER, alone: bool = True, directive: str = ""
+) -> str:
+    """`alone`: only lane 0 runs the body. `directive` stands behind the parameters."""
     coordinates = "\n".join(f"    ld.global.b32 %r{40 + i}, [%rd1+{COORDS + 4 * i}];" for i in range(rank))
     if alone:
         body = f"    @!%p2 bra LEAVE;\n{body}\nLEAVE:"
     return _KERNEL.format(
-        name=name, record=RECORD_BYTES, coordinates=coordinates, setup=setup, body=body, **_NAMES
+        name=name,
+        record=RECORD_BYTES,
+        coordinates=coordinates,
+        setup=setup,
+        body=body,
+        directive=directive,
+        **_NAMES,
     )
 
 
@@ -189,7 +197,17 @@ def _bulk_kernels() -> dict[str, str]:
             word = ".noftz" if operation == "add" and kind in ("f16", "bf16") else ""
             reduce = f"cp.reduce.async.bulk.global.shared::cta.bulk_group.{operation}{word}.{kind}"
             bodies[f"bulk_{operation}_{kind}"] = f"    {reduce} [%rd9], [%r8], %r9;\n{_GROUP}"
-    return {name: _kernel(name, body) for name, body in bodies.items()}
+    mapped = (
+        "    mapa.shared::cluster.u32 %r24, %r24, 0;\n    mov.u32 %r25, bar;\n"
+        "    mapa.shared::cluster.u32 %r25, %r25, 0;\n    cp.async"
+    )
+    found = {name: _kernel(name, body) for name, body in bodies.items()}
+    within = bodies["bulk_within"].replace("%r9, [bar];", "%r9, [%r25];").replace("    cp.async", mapped, 1)
+    directive = "\n.reqnctapercluster 1, 1, 1"
+    found["bulk_within_mapped"] = _kernel("bulk_within_mapped", within)
+    found["bulk_within_cluster"] = _kernel("bulk_within_cluster", bodies["bulk_within"], directive=directive)
+    found["bulk_within_both"] = _kernel("bulk_within_both", within, directive=directive)
+    return found
 
 
 def _cp_async_kernels() -> dict[str, str]:

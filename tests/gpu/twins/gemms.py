@@ -17,6 +17,11 @@ FP32 operations, so that what follows adds the rounding to the output's type on 
 last place each:
 
     |emulator - GPU| <= ulp_out + ceil(K / 32) (2^-20 + 2^-24) S
+
+A bound of that form is all but met by any output that the two sides round to different neighbours, since the
+second term is small beside the first. The eight worst of an H200's run (2026-11-22) are such outputs, a unit
+apart. The first, 0.99983, is one bfloat16 of 37,976 in "fp8_ptr_array_128x32x128_swap_bf16: list": 256 where
+256.043 are allowed, for a reference, -33408.0024, that lies 0.0024 beside the middle of its two neighbours.
 """
 
 from __future__ import annotations
@@ -262,7 +267,7 @@ def report(results: list[dict[str, Any]], out: Path, seconds: float) -> int:
         word = "ok" if not row["failures"] else "FAILED"
         print(
             f"{row['problem']:<{width}}  {word:6}  {row['identical']:7} of {row['elements']:7} bit-identical,"
-            f" worst {row['worst']:.3f} of the bound"
+            f" worst {row['worst']:.5f} of the bound"
             + (f", status {row['status'][0]}" if row.get("status", [0])[0] else "")
             + (f", {row['identical_with_22_bits']} with 22 bits" if "identical_with_22_bits" in row else "")
         )
@@ -287,7 +292,7 @@ def report(results: list[dict[str, Any]], out: Path, seconds: float) -> int:
     print(f"tensor maps: {maps}")
     print(
         f"gemms: {len(results) - failed} of {len(results)} problems agree, {same} of {elements} outputs "
-        f"bit-identical, worst {worst:.3f} of the bound, {arrays} bytes of group arrays, {seconds:.0f} s"
+        f"bit-identical, worst {worst:.5f} of the bound, {arrays} bytes of group arrays, {seconds:.0f} s"
     )
     return 1 if failed else 0
 

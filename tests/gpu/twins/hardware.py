@@ -1,9 +1,11 @@
-"""Runs cases on the GPU: a process for a batch, since a copy that faults takes the context with it.
+"""Runs cases on the GPU, each in a launch of its own.
 
     python hardware.py IN OUT
 
-IN is a pickled list of cases; OUT becomes a pickled list of outcomes. `run_isolated` is the caller's side: a
-batch that fails is halved until the case that does it stands alone.
+IN is a pickled list of cases; OUT gets the outcome of each as soon as it is there, one pickle behind the
+other. A copy that faults takes the process's context with it: the process ends, the outcomes before it are
+kept, the case is known, and `run` goes on behind it in a new process. So a bad case costs one process, about
+2 s, and no other case. A kind of case that goes on failing is given up (`MOST_FAILURES`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,7 +28,8 @@ from twins.libcuda import Cuda, CudaFailure  # noqa: E402
 from emulated.copies import ptx  # noqa: E402
 from emulated.copies.case import RECORD_BYTES, Case, Map, Outcome  # noqa: E402
 
-SECONDS = 60  # after which a batch counts as hung
+SECONDS = 30  # after which a process counts as hung
+MOST_FAILURES = 6  # of a case's family and kernel, after which the rest of them is not run
 _LINE = 1024  # arenas begin at multiples of it
 
 
@@ -35,74 +39,46 @@ def arguments_of(m: Map) -> dict:
     return {name: getattr(m, name) for name in names}
 
 
-def run_batch(cases: list[Case]) -> list[Outcome]:
-    """One launch for each kernel, with a CTA for each case. Raises CudaFailure where one fails."""
-    cuda = Cuda()
-    order = sorted(range(len(cases)), key=lambda i: cases[i].kernel)
-    starts, at = {}, 0
-    for i in order:
-        starts[i] = at
-        at += -(-cases[i].places[3] // _LINE) * _LINE
-    base = cuda.allocate(at + _LINE)
-    table = cuda.allocate(len(cases) * RECORD_BYTES)
-    maps = cuda.allocate(len(cases) * 128)
-    content = np.zeros(at, np.uint8)
-    records, encoded, outcomes = bytearray(), bytearray(), [Outcome() for _ in cases]
-    ready = []
-    for i in order:
-        case = cases[i]
-        used, address = case.template or case.map, base + starts[i]
-        bits = bytes(128)
-        try:
-            if used is not None:
-                bits = cuda.encode(address + used.offset, arguments_of(used))
-        except CudaFailure as error:
-            outcomes[i] = Outcome(error=str(error))
-            continue
-        content[starts[i] : starts[i] + case.places[3]] = case.arena()
-        records += case.record(address, maps + len(encoded), raw=True)
-        encoded += bits
-        ready.append(i)
-    cuda.upload(base, content)
-    cuda.upload(table, np.frombuffer(bytes(records), np.uint8))
-    cuda.upload(maps, np.frombuffer(bytes(encoded), np.uint8))
-    names = tuple(sorted({cases[i].kernel for i in ready}))
-    functions = _functions(cuda, names)
-    first = 0
-    for name in names:
-        count = sum(cases[i].kernel == name for i in ready)
-        if isinstance(functions[name], str):
-            for i in ready[first : first + count]:
-                outcomes[i] = Outcome(error=functions[name])
-        else:
-            try:
-                cuda.launch(functions[name], count, 32, table, first)
-            except CudaFailure as error:
-                raise CudaFailure(f"{name}: {error}") from None
-        first += count
-    after = cuda.download(base, at)
-    for i in ready:
-        if outcomes[i].error is None:
-            case = cases[i]
-            found = after[starts[i] : starts[i] + case.places[3]].copy()
-            raw = _take_raw(case, found)
-            outcomes[i] = Outcome(found.tobytes(), raw=raw)
-    return outcomes
+class Runner:
+    """Memory and kernels for some cases on the GPU. Raises CudaFailure where a launch faults."""
 
+    def __init__(self, cases: list[Case]) -> None:
+        self._cuda = Cuda()
+        size = max(case.places[3] for case in cases)
+        self._arena = -(-self._cuda.allocate(size + _LINE) // _LINE) * _LINE
+        self._table = self._cuda.allocate(RECORD_BYTES)
+        # Each map has a place of its own: none is ever seen through what a cache has of another.
+        self._maps = self._cuda.allocate(len(cases) * 128)
+        self._functions: dict = {}
 
-def _functions(cuda: Cuda, names: tuple[str, ...]) -> dict:
-    """Kernels by name; a message for one that the driver's assembler refuses."""
-    try:
-        module = cuda.module(ptx.module(names))
-        return {name: cuda.function(module, name) for name in names}
-    except CudaFailure:
-        found = {}
-        for name in names:
+    def run(self, case: Case, number: int) -> Outcome:
+        used, place = case.template or case.map, self._maps + 128 * number
+        cuda = self._cuda
+        if used is not None:
             try:
-                found[name] = cuda.function(cuda.module(ptx.module((name,))), name)
+                bits = cuda.encode(self._arena + used.offset, arguments_of(used))
             except CudaFailure as error:
-                found[name] = str(error)
-        return found
+                return Outcome(error=str(error))
+            cuda.upload(place, np.frombuffer(bits, np.uint8))
+        function = self._function(case.kernel)
+        if isinstance(function, str):
+            return Outcome(error=function)
+        cuda.upload(self._arena, case.arena())
+        cuda.upload(self._table, np.frombuffer(case.record(self._arena, place, raw=True), np.uint8))
+        cuda.launch(function, 1, 32, self._table, 0)
+        found = cuda.download(self._arena, case.places[3])
+        raw = _take_raw(case, found)
+        return Outcome(found.tobytes(), raw=raw)
+
+    def _function(self, kernel: str):
+        """A kernel, or a message where the driver's assembler refuses it."""
+        if kernel not in self._functions:
+            try:
+                module = self._cuda.module(ptx.module((kernel,)))
+                self._functions[kernel] = self._cuda.function(module, kernel)
+            except CudaFailure as error:
+                self._functions[kernel] = str(error)
+        return self._functions[kernel]
 
 
 def _take_raw(case: Case, arena: np.ndarray) -> int | None:
@@ -115,40 +91,65 @@ def _take_raw(case: Case, arena: np.ndarray) -> int | None:
     return raw
 
 
-def run_isolated(cases: list[Case], until: float) -> list[Outcome]:
+def run(cases: list[Case], until: float) -> list[Outcome]:
     """Outcomes of cases, found in processes of their own until `until` (time.monotonic)."""
-    if time.monotonic() > until:
-        return [Outcome(error="not run: no time left behind a case that failed") for _ in cases]
+    outcomes: list[Outcome | None] = [None] * len(cases)
+    failures: Counter = Counter()
+    left = list(range(len(cases)))
+    while left:
+        if time.monotonic() > until:
+            for i in left:
+                outcomes[i] = Outcome(error="not run: no time left")
+            break
+        found, reason = _in_a_process([cases[i] for i in left], until)
+        for i, outcome in zip(left, found, strict=False):
+            outcomes[i] = outcome
+        left = left[len(found) :]
+        if not left:
+            break
+        guilty = left.pop(0)
+        outcomes[guilty] = Outcome(error=reason)
+        kind = (cases[guilty].family, cases[guilty].kernel)
+        failures[kind] += 1
+        if failures[kind] >= MOST_FAILURES:
+            for i in left:
+                if (cases[i].family, cases[i].kernel) == kind:
+                    outcomes[i] = Outcome(error=f"not run: {MOST_FAILURES} cases of its kind failed")
+            left = [i for i in left if outcomes[i] is None]
+    return [outcome if outcome is not None else Outcome(error="not run") for outcome in outcomes]
+
+
+def _in_a_process(cases: list[Case], until: float) -> tuple[list[Outcome], str]:
+    """Outcomes up to the case that ended the process, and how it did."""
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder, "in"), Path(folder, "out")
         given.write_bytes(pickle.dumps(cases))
         command = [sys.executable, str(HERE / "hardware.py"), str(given), str(got)]
-        left = max(5.0, min(SECONDS, until - time.monotonic()))
+        limit = max(5.0, min(SECONDS, until - time.monotonic()))
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
             reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:600]
         except subprocess.TimeoutExpired:
             reason = "hung"
+        found: list[Outcome] = []
         if got.exists():
-            found: list[Outcome] = pickle.loads(got.read_bytes())
-            return found
-    if len(cases) == 1:
-        return [Outcome(error=reason)]
-    kernels = sorted({case.kernel for case in cases})
-    named = next((name for name in kernels if f"{name}: " in reason), None)
-    if named is not None and len(kernels) > 1:
-        # The kernels before the one that failed, and those after it, are most likely well.
-        parts = [[i for i, c in enumerate(cases) if (c.kernel == named) == mine] for mine in (True, False)]
-    else:
-        half = len(cases) // 2
-        parts = [list(range(half)), list(range(half, len(cases)))]
-    outcomes: dict[int, Outcome] = {}
-    for part in parts:
-        outcomes.update(zip(part, run_isolated([cases[i] for i in part], until), strict=True))
-    return [outcomes[i] for i in range(len(cases))]
+            with got.open("rb") as file:
+                while True:
+                    try:
+                        found.append(pickle.load(file))
+                    except (EOFError, pickle.UnpicklingError):
+                        break
+        return found, reason
+
+
+def _serve(given: Path, got: Path) -> None:
+    cases: list[Case] = pickle.loads(given.read_bytes())
+    runner = Runner(cases)
+    with got.open("wb") as file:
+        for number, case in enumerate(cases):
+            pickle.dump(runner.run(case, number), file)
+            file.flush()
 
 
 if __name__ == "__main__":
-    taken: list[Case] = pickle.loads(Path(sys.argv[1]).read_bytes())
-    results = run_batch(taken)
-    Path(sys.argv[2]).write_bytes(pickle.dumps(results))
+    _serve(Path(sys.argv[1]), Path(sys.argv[2]))

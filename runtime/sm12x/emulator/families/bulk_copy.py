@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import tensor_map
+from .. import tensor_box, tensor_map
 from ..asynchronous import Issuer, Operation, ThreadGroups, thread_groups
 from ..checkers import tensor_maps
 from ..checkers.barriers import check_initialisation
@@ -28,6 +28,7 @@ from ..warp import LANES, Split, Wait, Warp
 # Reduces unsigned words: old ones in global memory and new ones from shared memory.
 Combine = Callable[[Array, Array], Array]
 
+_CLUSTER = {"reqnctapercluster", "explicitcluster"}  # directives of kernels that are launched as clusters
 _HINTS = {"L2::cache_hint", "tile", "weak"}
 _LOAD = ("global", "mbarrier::complete_tx::bytes")
 _STORE = ("global", "shared::cta", "bulk_group")
@@ -68,9 +69,9 @@ def _box(
     shared: int,
     *,
     writes: bool = False,
-) -> tuple[Box, Region | None, int]:
-    """The box of a copy, the allocation that its in-bounds part lies in (None where it has none), and its
-    fill. `source` is the address of the map, or the map as it was.
+) -> tuple[Box, Region | None, int, bool]:
+    """The box of a copy, the allocation that its in-bounds part lies in (None where it has none), its fill,
+    and whether loads round to TF32. `source` is the address of the map, or the map as it was.
     """
     found = read_map(cta, source) if isinstance(source, int) else source
     box = found.box_elements(coordinates, shared, writes=writes)
@@ -78,7 +79,7 @@ def _box(
     if box.low < box.high:
         region = cta.grid.memory.region(box.low, "tensor copy")
         region.span(box.low, box.high - box.low, "tensor copy")
-    return box, region, int.from_bytes(found.fill_pattern[: min(box.unit, 8)], "little")
+    return box, region, int.from_bytes(found.fill_pattern[: min(box.unit, 8)], "little"), found.rounds
 
 
 def _load_box(
@@ -90,16 +91,22 @@ def _load_box(
     ticket: Ticket | None,
 ) -> None:
     cta = issuer.cta
-    box, region, fill = _box(cta, source, coordinates, shared)
+    box, region, fill, rounds = _box(cta, source, coordinates, shared)
     if isinstance(source, int):
         tensor_maps.done(issuer, source)
-    if box.in_bounds is None and region is not None:
-        values = region.gather(box.addresses, box.unit)
+    gathered = None
+    if region is not None:
+        held = box.addresses if box.in_bounds is None else box.addresses[box.in_bounds]
+        gathered = region.gather(held, box.unit)
+        if rounds:
+            gathered = tensor_box.to_tf32(gathered)
+    if box.in_bounds is None and gathered is not None:
+        values = gathered
     else:
         word = np.dtype(f"u{min(box.unit, 8)}")
         values = np.full((len(box.offsets), 2) if box.unit == 16 else len(box.offsets), fill, word)
-        if region is not None and box.in_bounds is not None:
-            values[box.in_bounds] = region.gather(box.addresses[box.in_bounds], box.unit)
+        if gathered is not None and box.in_bounds is not None:
+            values[box.in_bounds] = gathered
     cta.shared.scatter(box.offsets + shared, values, box.unit)
     if cta.grid.counts is not None:
         held = box.addresses if box.in_bounds is None else box.addresses[box.in_bounds]
@@ -256,8 +263,17 @@ def _submit_tensor_store(
     cta, issuer = w.cta, Issuer(i, w, lane)
     tensor_maps.issue(issuer, map_address)
 
+    def function_of(element: tensor_map.Element) -> Combine:
+        assert combine is not None
+        function = combine(element.name)
+        if function is None:
+            raise Fault("tensor map", f"elements of type {element.name} cannot be reduced so")
+        return function
+
     def locate() -> tuple[Array, Array, Region | None, int]:
-        box, region, _ = _box(cta, map_address, coordinates, shared, writes=True)
+        if combine is not None:
+            function_of(read_map(cta, map_address).element)
+        box, region, *_ = _box(cta, map_address, coordinates, shared, writes=True)
         tensor_maps.done(issuer, map_address)
         source, to = box.offsets + shared, box.addresses
         if box.in_bounds is not None:
@@ -265,13 +281,9 @@ def _submit_tensor_store(
         return source, to, region, box.unit
 
     def reduce(old: Array, new: Array) -> Array:
-        assert combine is not None
         element = read_map(cta, map_address).element
-        function = combine(element.name)
-        if function is None:
-            raise Fault("tensor map", f"elements of type {element.name} cannot be reduced so")
         word = f"u{element.bits // 8}"
-        return function(old.view(word), np.ascontiguousarray(new).view(word)).view(old.dtype)
+        return function_of(element)(old.view(word), np.ascontiguousarray(new).view(word)).view(old.dtype)
 
     ticket = issue(i, w, lane, "bulk")
     store = _Store(cta, thread_groups(w, lane, "bulk"), locate, None if combine is None else reduce, ticket)
@@ -290,7 +302,16 @@ def _bound(function: Callable[..., None], *arguments: Any) -> Callable[[], None]
 
 @instruction("cp.async.bulk.prefetch.tensor", yields=True)
 def prefetch_tensor(i: Instruction, e: Emitter) -> None:
-    """Into a cache, of which there are none."""
+    """Into a cache, of which there are none: only the map and the coordinates are judged."""
+    source = i.operands[0]
+
+    def run(w: Warp, _s: Split, lanes: Array | None, at: Array, *where: Array) -> None:
+        for lane in _active(lanes):
+            read_map(w.cta, int(at[lane])).box_elements(tuple(int(c[lane]) for c in where))
+
+    if _words(i, 6) != ("L2", "global"):
+        raise unsupported(i)
+    e.call(run, _base(e, source), *_coordinates(i, e, source))
 
 
 # Without a tensor map
@@ -337,6 +358,10 @@ def _bulk_load(i: Instruction, e: Emitter, *, from_shared: bool) -> None:
     def run(
         w: Warp, _s: Split, lanes: Array | None, to: Array, at: Array, size: Array, barrier: Array
     ) -> None:
+        if from_shared and not _CLUSTER & set(w.cta.grid.program.kernel.directives):
+            raise Fault(
+                "cluster", "a bulk copy from shared memory to that of a cluster, in a launch without clusters"
+            )
         for lane in _active(lanes):
             shared, count, target = _shared(to, lane), int(size[lane]), _shared(barrier, lane)
             begin = _shared(at, lane) if from_shared else int(at[lane])

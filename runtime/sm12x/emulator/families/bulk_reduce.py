@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..emitter import Emitter
+from ..memory import Array
 from ..numerics import arith
 from ..ptx.ir import Instruction
 from ..registry import instruction, unsupported
@@ -21,20 +22,33 @@ _STORE = ("global", "shared::cta")
 _REST = {"bulk_group", "tile", "noftz", "L2::cache_hint"}
 _NAMES = {"add", "min", "max", "inc", "dec", "and", "or", "xor"}
 _FLOATS = {"f16", "bf16", "f32", "f64"}
-_INTEGERS = {"u32", "s32", "u64", "s64", "b32", "b64"}
+_ORDERED = {"u32", "s32", "u64", "s64", "f16", "bf16"}
+_BITS = {"b32", "b64", "u32", "s32", "u64"}
+# Types by operation: those of PTX ISA's table, and for elements of tensors those that an H200 takes. It adds
+# f32.ftz, tf32 and tf32.ftz, too, which no document mentions, and refuses all others.
+_TYPES = {
+    "add": {"u32", "s32", "u64", *_FLOATS},
+    "min": _ORDERED,
+    "max": _ORDERED,
+    "inc": {"u32"},
+    "dec": {"u32"},
+    "and": _BITS,
+    "or": _BITS,
+    "xor": _BITS,
+}
 
 
 def combiner(name: str, kind: str) -> Combine | None:
     """`old, new -> result` on arrays of unsigned words of the type's width; None where PTX has no such
     reduction.
     """
-    if kind in _FLOATS:
-        if name not in ("add", "min", "max") or (name != "add" and kind in ("f32", "f64")):
-            return None
-        run = arith.lookup(name, kind, "rn" if name == "add" else None, frozenset())
-        return lambda old, new: run(old, new)
-    if kind not in _INTEGERS:
+    if kind not in _TYPES[name]:
         return None
+    if kind in _FLOATS:
+        run = arith.lookup(name, kind, "rn" if name == "add" else None, frozenset())
+        if kind == "f64":
+            return lambda old, new: _keeping_nan(old, new, run(old, new))
+        return lambda old, new: run(old, new)
     number = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}")
     functions: dict[str, Callable[[Any, Any], Any]] = {
         "add": np.add,
@@ -48,6 +62,13 @@ def combiner(name: str, kind: str) -> Combine | None:
     }
     function = functions[name]
     return lambda old, new: function(old.view(number), new.view(number)).astype(number).view(old.dtype)
+
+
+def _keeping_nan(old: Array, new: Array, found: Array) -> Array:
+    """Results with a NaN operand of binary64 as it is, of two the new one: an H200 makes none quiet."""
+    infinite, magnitude = np.uint64(0x7FF << 52), np.uint64((1 << 63) - 1)
+    found = np.where(old & magnitude > infinite, old, found)
+    return np.where(new & magnitude > infinite, new, found)
 
 
 @instruction("cp.reduce.async.bulk.tensor", yields=True)
