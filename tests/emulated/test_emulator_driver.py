@@ -512,11 +512,11 @@ def test_a_cubin_that_is_not_ours_or_not_the_devices_is_refused(fresh):
 def test_both_majors_cubins_lead_to_the_same_ptx():
     held = manifest.default()
     variant = held.variants["mma_probe_plain"]
+    wheel = manifest.wheel_major()  # an installed wheel has the cubins of one
+    majors = manifest.MAJORS if wheel is None else (wheel,)
     for arch in variant.targets:
-        origins = [
-            shipped.origin(manifest.read_cubin(held, variant, arch, major)) for major in ("cu12", "cu13")
-        ]
-        assert [(found.key, where) for found, where in origins] == [("mma_probe_plain", arch)] * 2
+        origins = [shipped.origin(manifest.read_cubin(held, variant, arch, major)) for major in majors]
+        assert [(found.key, where) for found, where in origins] == [("mma_probe_plain", arch)] * len(majors)
         assert f".target {arch}" in shipped.read_ptx(variant, arch)
 
 
