@@ -1,7 +1,8 @@
 """sm12x: precompiled FP8 grouped GEMM kernels for consumer and workstation Blackwell (CC 12.x).
 
-`grouped_gemm` and `workspace_size` are the operations, `reference` is what they compute in NumPy. Names are
-loaded on first use: `import sm12x` imports no CUDA, no framework and not even NumPy.
+`grouped_gemm` and `workspace_size` are the operations, `reference` is what they compute in NumPy, `emulator`
+runs their kernels on the CPU. Names are loaded on first use: `import sm12x` imports no CUDA, no framework and
+not even NumPy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .manifest import wheel_major as _wheel_major
 
 if TYPE_CHECKING:
-    from . import reference
+    from . import emulator, reference
     from .errors import CubinError, CudaError, DriverError, UnsupportedDeviceError
     from .ops.grouped_gemm import grouped_gemm
     from .ops.launch import workspace_size
@@ -24,6 +25,7 @@ __all__ = [
     "DriverError",
     "UnsupportedDeviceError",
     "__version__",
+    "emulator",
     "grouped_gemm",
     "reference",
     "workspace_size",
@@ -42,8 +44,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "reference":
-        return importlib.import_module(".reference", __name__)
+    if name in ("emulator", "reference"):
+        return importlib.import_module(f".{name}", __name__)
     module = _MODULES.get(name)
     if module is None:
         raise AttributeError(f"module 'sm12x' has no attribute {name!r}")

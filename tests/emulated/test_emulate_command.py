@@ -147,7 +147,12 @@ def test_the_text_says_what_ran(kernels, capsys):
         (("--variant", "nothing"), "expected one of fp8_ptr_array_"),
         (("--variant", "fp8_ptr_array_prepare_list"), "expected one of fp8_ptr_array_"),
         (("--m", "5,x"), "expected rows for each group, as in 5,0,130"),
+        (("--m", "5,,1"), "expected rows for each group, as in 5,0,130"),
         (("--m", "5,-1"), "expected at least 0, got -1"),
+        (("--m", ",".join(["1"] * 1025)), "expected at most 1024 groups, got 1025"),
+        (("--m", "2147483647,1"), "expected at most 2147483647 rows in all, got 2147483648"),
+        (("--sms", "x"), "argument --sms: expected an integer, got 'x'"),
+        (("--seed", "1.5"), "argument --seed: expected an integer, got '1.5'"),
         (("--n", "0"), "expected at least 1, got 0"),
         (("--seed", "-2"), "expected at least 0, got -2"),
         (("--device", "rtx4090"), "invalid choice"),
@@ -163,14 +168,26 @@ def test_bad_arguments_are_usage_errors(kernels, capsys, arguments, told):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--k", "700"), "a: expected K to be a multiple of 16"),
-        (("--n", "12"), "b: expected N to be a multiple of 8"),
-        (("--sms", "171"), "sms: expected 1 to 170"),
+        (("--k", "700"), "a: expected K to be a positive multiple of 16, got 700"),
+        (("--n", "12"), "b: expected N to be a positive multiple of 8, got 12"),
+        (("--sms", "171"), "sms: expected 1 to 170 for rtx5090, got 171"),
+        (("--n", str(2**60)), "m, n, k: expected operands that fit into memory: "),
+        (("--k", str(2**70)), "m, n, k: expected operands that fit into memory: "),
     ],
 )
 def test_a_problem_that_no_kernel_takes_is_a_usage_error(kernels, capsys, arguments, told):
-    assert main(["emulate", *arguments]) == 2
-    assert told.split(":")[0] in capsys.readouterr().err
+    assert main(["emulate", "--json", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"sm12x emulate: {told}")
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_a_problem_without_rows_says_that_nothing_ran(kernels, capsys):
+    assert main(["emulate", "--m", "0,0", "--check"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == ["ok: no kernel had to run, there are no rows"]
+    code, found = report(capsys, "--m", "0,0", "--check")
+    assert (code, found["ok"], found["launches"], found["floor_us"]) == (0, True, [], None)
 
 
 def test_a_shipped_kernel_runs(monkeypatch, capsys):

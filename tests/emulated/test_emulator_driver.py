@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import lzma
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -422,6 +423,38 @@ def test_options_are_checked():
         pass
     with pytest.raises(ValueError, match="truncate_bits: expected 1 to 24"), emulator.use(truncate_bits=25):
         pass
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        *(
+            (name, value, "an integer")
+            for name in ("sms", "resident", "truncate_bits")
+            for value in ("3", 2.5)
+        ),
+        *(("seed", value, "an integer") for value in ("3", 1.0, None)),
+        *(("device", value, "one of rtx5090") for value in (5, None, ["gb10"])),
+    ],
+)
+def test_options_of_a_wrong_type_are_named(option, value, told):
+    wrong = re.escape(f"{option}: expected {told}") + ".*" + re.escape(f"got {value!r}")
+    with pytest.raises(TypeError, match=wrong), emulator.use(**{option: value}):
+        pass
+
+
+@pytest.mark.parametrize("option", ["races", "counters"])
+@pytest.mark.parametrize("value", ["no", None, 2, 1.0])
+def test_switches_are_0_or_1(option, value):
+    with pytest.raises(ValueError, match=f"{option}: expected 0 or 1, got"), emulator.use(**{option: value}):
+        pass
+
+
+def test_numpy_integers_are_options(kernels, rng):
+    with emulator.use(seed=np.int64(9), sms=np.int32(2), resident=np.uint8(1)) as session:
+        run(packed(rng))
+    assert kernels.seeds == [9, 9]
+    assert type(session.options.seed) is int  # the scheduler's generator takes no other
 
 
 def torch_cpu(array):

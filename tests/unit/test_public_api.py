@@ -72,6 +72,12 @@ def test_a_call_on_numpy_arrays_imports_no_cuda_and_no_framework():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.parametrize("name", ["emulator.use", "reference.grouped_gemm_float64"])
+def test_subpackages_are_there_without_an_import_of_their_own(name):
+    done = run(f"import sm12x\nprint(callable(sm12x.{name}))")
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_both_wheels_installed_is_one_sentence_at_import(tmp_path):
     source = sm12x.__path__[0]
     package = tmp_path / "sm12x"

@@ -29,6 +29,7 @@ from sm12x.ops.launch import FAMILY
 from sm12x.ops.validate import MAX_GROUPS
 
 _OPTIONS = "device", "sms", "seed", "resident", "truncate_bits", "counters"
+_MOST_ROWS = 2**31 - 1  # offsets are int32
 _SCALE = 2.0**-7  # of each side: keeps float16 outputs of any finite FP8 operands in range
 
 
@@ -43,29 +44,33 @@ class Problem:
     offsets: NDArray[np.int32]
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected at least 0, got {value}")
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
     return value
+
+
+def _count(text: str) -> int:
+    return _at_least(0, text)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+    return _at_least(1, text)
 
 
 def _rows(text: str) -> list[int]:
-    try:
-        rows = [_count(each) for each in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected rows for each group, as in 5,0,130, got {text!r}"
-        ) from None
+    entries = text.split(",")
+    if not all(entry.strip().lstrip("+-").isdecimal() for entry in entries):
+        raise argparse.ArgumentTypeError(f"expected rows for each group, as in 5,0,130, got {text!r}")
+    rows = [_count(entry) for entry in entries]
     if len(rows) > MAX_GROUPS:
         raise argparse.ArgumentTypeError(f"expected at most {MAX_GROUPS} groups, got {len(rows)}")
+    if sum(rows) > _MOST_ROWS:
+        raise argparse.ArgumentTypeError(f"expected at most {_MOST_ROWS} rows in all, got {sum(rows)}")
     return rows
 
 
@@ -116,7 +121,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    problem = _random_problem(args)
+    try:
+        problem = _random_problem(args)
+    except (MemoryError, OverflowError, ValueError) as error:  # NumPy's ValueError: larger than any array
+        print(f"sm12x emulate: m, n, k: expected operands that fit into memory: {error}", file=sys.stderr)
+        return 2
     out_dtype = "bfloat16" if args.variant is None else manifest.default().variants[args.variant].out
     report: dict[str, Any] = {
         "ok": False,
@@ -263,6 +272,8 @@ def _lines(
     lines += counted
     if failure is not None:
         return [*lines, f"FAILED: {failure}"]
+    if not report["launches"]:
+        return [*lines, "ok: no kernel had to run, there are no rows"]
     if not args.check:
         return [*lines, "ok: every kernel ran to its end (--check compares the result)"]
     if report["tolerance_ratio"] is None:

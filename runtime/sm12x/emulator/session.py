@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from . import devices
 from .counting.touched import Touched
@@ -44,17 +45,33 @@ class Options:
     counters: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.device, str):
+            raise TypeError(f"device: expected one of {', '.join(devices.GPUS)}, got {self.device!r}")
         gpu = devices.find(self.device)
+        for name in ("sms", "seed", "resident", "truncate_bits"):
+            value = getattr(self, name)
+            if value is not None or name == "seed":
+                object.__setattr__(self, name, _whole(name, value))
         if self.sms is not None and not 1 <= self.sms <= gpu.sm_count:
             raise ValueError(f"sms: expected 1 to {gpu.sm_count} for {gpu.key}, got {self.sms}")
         if self.seed < 0:
             raise ValueError(f"seed: expected at least 0, got {self.seed}")
         if self.resident is not None and self.resident < 1:
             raise ValueError(f"resident: expected at least 1, got {self.resident}")
-        if self.races not in (False, True):
-            raise ValueError(f"races: expected 0 or 1, got {self.races}")
+        for name in ("races", "counters"):
+            value = getattr(self, name)
+            if not isinstance(value, SupportsIndex) or value not in (False, True):
+                raise ValueError(f"{name}: expected 0 or 1, got {value!r}")
         if self.truncate_bits is not None and not 1 <= self.truncate_bits <= 24:
             raise ValueError(f"truncate_bits: expected 1 to 24, got {self.truncate_bits}")
+
+
+def _whole(name: str, value: SupportsIndex) -> int:
+    """An integer of any type, NumPy's included, as Python's: generators take no other."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +147,8 @@ def use(**changes: Any) -> Iterator[Session]:
     """Have the emulator run with other options within the block, in this thread or task.
 
     `changes` are fields of `Options`; what is not named stays as it was outside. Yields the Session, which
-    fills with the launches. Raises TypeError for a name that is no option, ValueError for a bad value.
+    fills with the launches. Raises TypeError for a name that is no option and for a value of a wrong type,
+    ValueError for one out of its range.
     """
     unknown = set(changes) - {each.name for each in fields(Options)}
     if unknown:
