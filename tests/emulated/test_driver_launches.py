@@ -39,10 +39,10 @@ class Driver:
         self.parameter = ctypes.c_uint64(self.buffer)
         self.arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.parameter))
 
-    def function(self, body):
+    def function(self, body, variant="ours"):
         made = driver._emulator
         module = load(kernel(body, params=PARAM), made.memory)
-        library = driver._Library(module, "ours", "sm_120a")
+        library = driver._Library(module, variant, "sm_120a")
         return made._new(driver._Function(library, module.kernel("test"), "test"))
 
     def launch(self, function, *attributes, stream=0, blocks=1):
@@ -103,6 +103,17 @@ def test_what_goes_wrong_surfaces_at_the_next_call_that_waits(cuda, seed, first)
             cuda.call("cuStreamSynchronize", 0)
         assert session.failed == "ours"
         cuda.call("cuStreamSynchronize", 0)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_kernel_of_a_chain_that_fails_is_the_one_that_failed(cuda, seed):
+    with emulator.use(seed=seed) as session:
+        wrong = cuda.function(TID + "st.global.b32 [%rd1+4096], %r1;", "wrong")
+        assert cuda.launch(wrong) == 0
+        assert cuda.launch(cuda.function(WAIT, "right"), PROGRAMMATIC) == 0
+        with pytest.raises(EmulatorError, match="bounds"):
+            cuda.call("cuStreamSynchronize", 0)
+        assert session.failed == "wrong"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ DYNAMIC = """
     mov.u32 %r3, response;
     mov.u32 %r4, barrier;
     mbarrier.init.shared.b64 [%r4], 1;
+    fence.mbarrier_init.release.cluster;
     ld.param.u64 %rd1, [out];
 WORK:
     mov.u32 %r5, %nctaid.x;

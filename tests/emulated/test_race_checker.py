@@ -103,7 +103,7 @@ class History:
             grid=SimpleNamespace(program=program),
         )
         self.races, self.model = Races(cta), Model(self.warps)
-        self.words = [SimpleNamespace(index=w, cta=cta) for w in range(self.warps)]
+        self.words = [SimpleNamespace(index=w, cta=cta, alive_count=32) for w in range(self.warps)]
         self.barriers = [Mbarrier(8 * at, 1) for at in range(2)]
         self.released = [None, None]  # the model's rows
         self.flying = []

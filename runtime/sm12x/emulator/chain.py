@@ -42,6 +42,7 @@ class Link:
     races: bool = True
     counts: Collector | None = None
     progress: Callable[[int], None] | None = None
+    failed: Callable[[], None] | None = None  # called where it is this link's kernel that breaks a rule
 
 
 def launch_chain(
@@ -80,6 +81,8 @@ class _Chain:
         self._active: list[int] = []
         self._random = random.Random(links[0].seed)
         self._overlaps = links[0].seed % 2 == 1
+        self._checked = 0  # grids that have ended, as have those before them, and conflict with none
+        self._guilty = 0  # the link that an error is of
 
     def run(self) -> list[LaunchResult]:
         recorder = Recorder(self._memory)
@@ -88,18 +91,21 @@ class _Chain:
         try:
             with np.errstate(all="ignore"):
                 self._run()
+        except BaseException:
+            failed = self._links[self._guilty].failed
+            if failed is not None:
+                failed()
+            raise
         finally:
             self._memory.forget(recorder)
             for grid in self._grids:
                 grid.close()
-        for dependency in self._dependencies:
-            dependency.check()
         return [result_of(grid) for grid in self._grids]
 
     def _run(self) -> None:
         self._begin()
         while self._active:
-            at = self._random.choice(self._active)
+            at = self._guilty = self._random.choice(self._active)
             try:
                 state = self._grids[at].scheduler.advance(self._random.randrange(1, _TURN))
                 if state == STUCK and not self._waits_for_another(at):
@@ -117,7 +123,7 @@ class _Chain:
                 self._begin()
 
     def _begin(self) -> None:
-        at = len(self._grids)
+        at = self._guilty = len(self._grids)
         link, dependency = self._links[at], self._dependencies[at]
         grid = prepare(
             link.program,
@@ -146,6 +152,21 @@ class _Chain:
         self._active.remove(at)
         if at + 1 < len(self._grids):
             self._grids[at + 1].scheduler.wake(self._dependencies[at + 1].queue)
+        while self._checked < len(self._grids) and self._dependencies[self._checked].ended:
+            self._settle(self._checked)
+            self._checked += 1
+
+    def _settle(self, at: int) -> None:
+        """A grid and all before it have ended. Chains may be long: what none to come may overlap with is
+        forgotten.
+        """
+        last = self._dependencies[at]
+        self._guilty = at
+        last.check()
+        needed = [last, *last.unfinished(early=True), *last.unfinished(early=False)]
+        for dependency in self._dependencies[:at]:
+            if all(dependency is not each for each in needed):
+                dependency.forget()
 
     def _waits_for_another(self, at: int) -> bool:
         """Whether a grid that is stuck waits for the one before it."""
@@ -172,4 +193,6 @@ class _Chain:
                 else:  # which grids before its predecessor may still run is not known
                     dependency.check_early()
             except EmulatorError as conflict:
+                self._guilty = number
                 raise conflict from error
+        self._guilty = at

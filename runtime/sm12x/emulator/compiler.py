@@ -195,7 +195,7 @@ class Program:
             self._terminate_indexed(emitter, instruction, segment)
             return True
         target = self._targets[instruction.index][0] if kind == "bra" else self.end
-        if instruction.guard is None:
+        if instruction.guard is None or target == following:  # either way, no lanes part
             emitter.line(f"return {target}")
             return True
         meet = self._meets[segment]

@@ -25,15 +25,23 @@ _COUNT_LIMIT = (1 << 20) - 1
 class NamedBarrier:
     """One of the 16 barriers of `bar` (PTX ISA, "bar"). `expected` is None while no thread has arrived."""
 
-    __slots__ = ("arrived", "counted", "expected", "generation", "queue", "reduction")
+    __slots__ = ("arrived", "counted", "expected", "generation", "lanes", "queue", "reduction")
 
     def __init__(self) -> None:
         self.expected: int | None = None
         self.counted = False  # whether the count was given, so that threads that end do not lower it
         self.arrived = 0
         self.generation = 0
+        self.lanes: dict[Warp, Array] = {}  # those counted in, bool (32,): arrived, or ended
         self.queue: list[Split] = []
         self.reduction: list[Any] = []
+
+    def count_ended(self, warp: Warp) -> None:
+        """Barriers count whole warps: lanes that have ended come with the warp's first that has not."""
+        counted = self.lanes.get(warp)
+        if counted is not None and (not warp.alive_count or counted[warp.alive.argmax()]):
+            self.arrived += int(np.count_nonzero(~(warp.alive | counted)))
+            self.lanes[warp] = counted | ~warp.alive
 
 
 class Mbarrier:
@@ -142,8 +150,10 @@ class Cta:
         """Lanes of `warp` have ended: barriers that wait for all threads expect fewer."""
         self.alive = sum(w.alive_count for w in self.warps)
         for barrier in self.barriers:
-            if barrier.expected is not None and not barrier.counted:
-                barrier.expected = self.barrier_count()
+            if barrier.expected is not None:
+                barrier.count_ended(warp)
+                if not barrier.counted:
+                    barrier.expected = self.barrier_count()
                 self.complete(barrier)
         self.settle_cluster_barrier()
         if warp.alive_count == 0:
@@ -164,8 +174,14 @@ class Cta:
         self.shared = Region(SHARED_BASE, 0, "shared memory of a CTA that has ended")
         self.local.clear()
         self.races = None
+        self.mbarriers.clear()
+        self.map_cache.clear()
+        self.visits = []
         for warp in self.warps:
             warp.registers.clear()
+            warp.special = {}
+            warp.convergence.clear()
+            warp.groups.clear()
 
     # Named barriers
 
@@ -179,7 +195,7 @@ class Cta:
         """Let a barrier's threads go if all have arrived."""
         if barrier.expected is None or barrier.arrived < barrier.expected:
             return
-        barrier.expected, barrier.arrived, barrier.counted = None, 0, False
+        barrier.expected, barrier.arrived, barrier.counted, barrier.lanes = None, 0, False, {}
         barrier.reduction = []  # those who leave keep the old one
         barrier.generation += 1
         self.grid.scheduler.wake(barrier.queue)

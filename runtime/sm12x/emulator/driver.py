@@ -355,6 +355,7 @@ class Emulator:
                     *(found.program, grid, block, dynamic, params, asked.programmatic, asked.cooperative),
                     *(options.resident, options.seed, options.races, counts),
                     launches.progress_of(running, library.variant),
+                    launches.failure_of(running, library.variant),
                 )
                 self.queue.held.append(
                     launches.Held(

@@ -110,13 +110,7 @@ class Queue:
         if not held:
             return
         start = time.perf_counter()
-        try:
-            results = launch_chain([each.link for each in held], memory=self.memory)
-        except BaseException:
-            for each in held:
-                if each.session is not None:
-                    each.session.failed = each.variant
-            raise
+        results = launch_chain([each.link for each in held], memory=self.memory)
         seconds = time.perf_counter() - start
         for each, result in zip(held, results, strict=True):
             if each.session is not None:
@@ -132,3 +126,13 @@ class Queue:
 def progress_of(running: session.Session | None, variant: str) -> Callable[[int], None] | None:
     """Whoever of a session watches the segments of a launch run."""
     return None if running is None or running.progress is None else partial(running.progress, variant)
+
+
+def failure_of(running: session.Session | None, variant: str) -> Callable[[], None] | None:
+    """Tells a session that this kernel of it did not run to its end."""
+
+    def failed() -> None:
+        assert running is not None
+        running.failed = variant
+
+    return None if running is None else failed

@@ -180,6 +180,12 @@ class Dependency:
             for other in self.unfinished(early=early):
                 self._compare(sides, other, early)
 
+    def forget(self) -> None:
+        """No grid to come overlaps with this one: what it touched need not be known any more."""
+        for sides in (self.early, self.late):
+            sides.reads.regions.clear()
+            sides.writes.regions.clear()
+
     def check_early(self) -> None:
         """As `check`, with the grid before only, as far as that one has run."""
         if self.previous is not None:

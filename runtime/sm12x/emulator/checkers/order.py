@@ -24,6 +24,7 @@ class Order:
         self.clocks = Clocks(warps)
         self._agents: dict[tuple[int, str], int] = {}
         self._named: dict[tuple[int, int], Array] = {}  # rows at named barriers, by barrier and generation
+        self._to_leave: dict[tuple[int, int], int] = {}  # lanes that have yet to learn such a row
         self._groups: dict[tuple[int, str], list[int]] = {}  # times of the last copy of each committed group
         self._open: dict[tuple[int, str], int] = {}
         self._places: dict[int, Array] = {}  # rows that strong writes published, by address
@@ -32,24 +33,65 @@ class Order:
 
     # Barriers
 
-    def at_barrier(self, w: Warp, lanes: Array | None, barrier: int, generation: int) -> None:
-        """Lanes arrive at a named barrier (-1: the cluster's)."""
+    def at_barrier(
+        self,
+        w: Warp,
+        lanes: Array | None,
+        barrier: int,
+        generation: int,
+        *,
+        leaves: bool = True,
+        releases: bool = True,
+    ) -> None:
+        """Lanes arrive at a named barrier (-1: the cluster's), which they do or do not leave by
+        `past_barrier`. Those that do not release tell what they knew at their last fence.
+        """
         key = barrier, generation
-        self._named[key] = joined(self._named.get(key), self.clocks.release(w.index, lanes))
-        self._named.pop((barrier, generation - 16), None)
+        row = self.clocks.release(w.index, lanes) if releases else self._at_fence(w, lanes)
+        self._named[key] = joined(self._named.get(key), row)
+        if leaves:
+            self._to_leave[key] = self._to_leave.get(key, 0) + (32 if lanes is None else len(lanes))
+        if (barrier, generation - 16) not in self._to_leave:  # nobody left it
+            self._named.pop((barrier, generation - 16), None)
 
-    def past_barrier(self, w: Warp, lanes: Array | None, barrier: int, generation: int) -> None:
+    def past_barrier(
+        self, w: Warp, lanes: Array | None, barrier: int, generation: int, *, acquires: bool = True
+    ) -> None:
         """Lanes leave a named barrier."""
-        self.clocks.acquire(w.index, lanes, self._named[barrier, generation])
+        key = barrier, generation
+        self._learn(w, lanes, self._named[key], acquires)
+        self._to_leave[key] -= 32 if lanes is None else len(lanes)
+        if not self._to_leave[key]:
+            del self._to_leave[key], self._named[key]
 
-    def arrived(self, w: Warp, lanes: Array | None, barrier: Mbarrier) -> None:
-        """Lanes arrive at an mbarrier, with release semantics: before the arrival is counted."""
-        barrier.clock = joined(barrier.clock, self.clocks.release(w.index, lanes))
+    def _at_fence(self, w: Warp, lanes: Array | None) -> Array:
+        """What lanes knew at their last fence, together."""
+        found: Array = np.zeros(self.clocks.known.shape[1:], np.uint32)
+        for thread in self.clocks.threads_of(w.index, lanes).tolist():
+            row = self._fenced.get(thread)
+            if row is not None:
+                found = joined(found, row)
+        return found
 
-    def saw(self, w: Warp, lanes: Array | None, barrier: Mbarrier) -> None:
+    def _learn(self, w: Warp, lanes: Array | None, row: Array, acquires: bool) -> None:
+        """Lanes learn a row: now, or at their next fence."""
+        if acquires:
+            self.clocks.acquire(w.index, lanes, row)
+            return
+        for thread in self.clocks.threads_of(w.index, lanes).tolist():
+            self._seen[thread] = joined(self._seen.get(thread), row)
+
+    def arrived(self, w: Warp, lanes: Array | None, barrier: Mbarrier, *, releases: bool = True) -> None:
+        """Lanes arrive at an mbarrier: before the arrival is counted. Without release semantics they tell
+        what they knew at their last fence.
+        """
+        row = self.clocks.release(w.index, lanes) if releases else self._at_fence(w, lanes)
+        barrier.clock = joined(barrier.clock, row)
+
+    def saw(self, w: Warp, lanes: Array | None, barrier: Mbarrier, *, acquires: bool = True) -> None:
         """Lanes have seen that a phase of an mbarrier is over."""
         if barrier.released is not None:
-            self.clocks.acquire(w.index, lanes, barrier.released)
+            self._learn(w, lanes, barrier.released, acquires)
 
     def completed(self, barrier: Mbarrier) -> tuple[int, int]:
         """A bulk copy has completed, which an mbarrier tells of: the agent and time of what it wrote."""

@@ -136,18 +136,20 @@ class Races:
 
     def load_rows(self, w: Warp, address: Array, size: int) -> None:
         """The warp has read rows of a matrix."""
-        party = Party(self.clocks.view(w.index, None), w.index, None, collective=True)
+        lanes = None if w.alive_count == 32 else np.flatnonzero(w.alive)
+        party = Party(self.clocks.view(w.index, lanes), w.index, lanes, collective=True)
         pieces = self._pieces(address.astype(np.int64) - SHARED_BASE, size).ravel()
         self._after_writes(party, pieces, "read of")
         reads = self._of(w.index)
         if reads.by_lanes:
-            self._keep(reads, w.index, None, pieces)
+            self._keep(reads, w.index, lanes, pieces)
         reads.stamp[pieces] = shadow.stamp(self.clocks.now[w.index], shadow.COLLECTIVE)
         reads.line[pieces] = self._line()
 
     def store_rows(self, w: Warp, address: Array) -> None:
         """The warp has written rows of 16 bytes of a matrix."""
-        party = Party(self.clocks.view(w.index, None), w.index, None, collective=True)
+        lanes = None if w.alive_count == 32 else np.flatnonzero(w.alive)
+        party = Party(self.clocks.view(w.index, lanes), w.index, lanes, collective=True)
         pieces = self._pieces(address.astype(np.int64) - SHARED_BASE, 16).ravel()
         self._after_writes(party, pieces, "write to")
         self._after_reads(party, pieces, "write to")

@@ -36,10 +36,11 @@ _SHIFT = ALIGNMENT.bit_length() - 1  # memory is watched in blocks of what maps 
 
 @dataclass(slots=True)
 class _Write:
-    """The last write to a block of memory; `time` and `released` (0: not yet) count events of the grid."""
+    """A write to memory, or several by the same instruction of a warp; `released` (0: not yet) counts events
+    of the grid.
+    """
 
     who: actor.Actor
-    time: int
     released: int = 0
 
 
@@ -54,6 +55,8 @@ class MapWatch:
     acquired: dict[tuple[int, int], int] = field(default_factory=dict)  # by CTA and address
     _last: dict[int, Array] = field(default_factory=dict)  # by base of a region: 1 + index of a write, or 0
     unreleased: dict[int, list[_Write]] = field(default_factory=dict)  # by CTA
+    # By CTA: the writes, by warp and instruction, that are not released: a loop of stores is one.
+    _open: dict[int, dict[tuple[int, int], int]] = field(default_factory=dict)
 
     def read(self, region: Region, address: Array, size: int) -> None:
         """Reads change nothing."""
@@ -68,18 +71,36 @@ class MapWatch:
             for block in np.unique(first).tolist():
                 if block in self.in_flight:
                     raise self._rewritten(block, self.in_flight[block][0])
-        self.time += 1
-        record = _Write(who, self.time)
-        self.writes.append(record)
-        self.unreleased.setdefault(who.warp.cta.index, []).append(record)
+        number = self._number(who)
         last = self._last.get(region.base)
         if last is None:
             last = self._last[region.base] = np.zeros((region.size >> _SHIFT) + 1, np.int32)
-        last[first - (region.base >> _SHIFT)] = len(self.writes)
+        last[first - (region.base >> _SHIFT)] = number
+
+    def _number(self, who: actor.Actor) -> int:
+        """1 + the index of the record of a write."""
+        cta = who.warp.cta.index
+        key = who.warp.index, -1 if who.instruction is None else who.instruction.index
+        known = self._open.setdefault(cta, {})
+        if key not in known:
+            record = _Write(who)
+            self.writes.append(record)
+            self.unreleased.setdefault(cta, []).append(record)
+            known[key] = len(self.writes)
+        return known[key]
+
+    def publish(self, cta: Cta) -> None:
+        """The write just made is released, and nothing else: the instruction that makes it always does so."""
+        self.time += 1
+        record = self.unreleased[cta.index].pop()
+        record.released = self.time
+        known = self._open[cta.index]
+        del known[next(key for key, number in known.items() if self.writes[number - 1] is record)]
 
     def release(self, cta: Cta) -> None:
         """All that a CTA has written so far is released."""
         self.time += 1
+        self._open.pop(cta.index, None)
         for record in self.unreleased.pop(cta.index, ()):
             record.released = self.time
 
@@ -165,9 +186,7 @@ def publish(cta: Cta) -> None:
     """tensormap.cp_fenceproxy: the write just made is released, and nothing else."""
     watch = cta.grid.map_watch
     if watch is not None:
-        watch.time += 1
-        watch.writes[-1].released = watch.time
-        watch.unreleased[cta.index].pop()
+        watch.publish(cta)
 
 
 def release(w: Warp, _s: Split, _lanes: Array | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..memory import Array
 from ..ptx.ir import Instruction, Negated, Operand, Register
 from ..registry import instruction, unsupported
 from ..spaces import aligned, uniform
-from ..warp import Split, Wait, Warp
+from ..warp import LANES, NONE, Split, Wait, Warp
 
 _FENCES = {
     *("acq_rel", "sc", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"),
@@ -37,9 +37,19 @@ def _words(i: Instruction) -> tuple[str, bool, tuple[str, ...]]:
     return words[0], i.opcode[0] == "bar" or i.has("aligned"), tuple(words[1:])
 
 
-def _arrive(w: Warp, s: Split, lanes: Array | None, barrier: int, count: int | None, is_aligned: bool) -> Any:
-    """Count the threads of a split in at a barrier; gives (barrier, generation that they belong to, its
-    results).
+def _arrive(
+    w: Warp,
+    s: Split,
+    lanes: Array | None,
+    barrier: int,
+    count: int | None,
+    is_aligned: bool,
+    values: Sequence[bool] = (),
+    *,
+    leaves: bool = True,
+) -> Any:
+    """Count the threads of a split in at a barrier, with `values` to be reduced; gives (barrier, generation
+    that they belong to, its results).
     """
     if not 0 <= barrier < NAMED_BARRIERS:
         raise Fault("barrier", f"barrier {barrier}: there are {NAMED_BARRIERS}")
@@ -57,17 +67,19 @@ def _arrive(w: Warp, s: Split, lanes: Array | None, barrier: int, count: int | N
             "barrier",
             f"barrier {barrier} for {expected} threads, where others wait at it for {found.expected}",
         )
-    # Barriers count whole warps: lanes that have ended come with the warp's first lane that has not.
-    first = w.alive.argmax()
-    whole = executing == w.alive_count or (lanes is not None and first in lanes)
     if w.cta.grid.dependency is not None:
         w.cta.grid.dependency.arrive(w, lanes, found, found.generation)
-    found.arrived += executing + (32 - w.alive_count if whole else 0)
+    found.arrived += executing
+    found.lanes[w] = np.logical_or(
+        found.lanes.get(w, NONE), s.mask if lanes is None else np.isin(LANES, lanes)
+    )
+    found.count_ended(w)
     if found.arrived > found.expected:
         raise Fault("barrier", f"{found.arrived} threads at barrier {barrier}, which is for {found.expected}")
+    found.reduction.extend(values)
     generation, results = found.generation, found.reduction
     if w.cta.races is not None:
-        w.cta.races.order.at_barrier(w, lanes, barrier, generation)
+        w.cta.races.order.at_barrier(w, lanes, barrier, generation, leaves=leaves)
     w.cta.complete(found)
     return found, generation, results
 
@@ -105,7 +117,8 @@ def _synchronise(is_aligned: bool) -> Callable[..., Any]:
 def _arrive_only(is_aligned: bool) -> Callable[..., None]:
     def run(w: Warp, s: Split, lanes: Array | None, barrier: Array, count: Array) -> None:
         number = uniform(barrier, lanes, "the barrier")
-        _arrive(w, s, lanes, number, uniform(count, lanes, "the number of threads"), is_aligned)
+        threads = uniform(count, lanes, "the number of threads")
+        _arrive(w, s, lanes, number, threads, is_aligned, leaves=False)
 
     return run
 
@@ -119,9 +132,8 @@ def _reduce(is_aligned: bool, name: str) -> Callable[..., Any]:
         number = uniform(barrier, lanes, "the barrier")
         if s.memo is None:
             threads = None if count is None else uniform(count, lanes, "the number of threads")
-            found = w.cta.barriers[number]
-            found.reduction.extend((flags if lanes is None else flags[lanes]).tolist())
-            s.memo = _arrive(w, s, lanes, number, threads, is_aligned)
+            values: list[bool] = (flags if lanes is None else flags[lanes]).tolist()
+            s.memo = _arrive(w, s, lanes, number, threads, is_aligned, values)
         found, generation, results = s.memo
         if found.generation != generation:
             _follow(w, lanes, number, generation)
@@ -190,6 +202,8 @@ def fence(i: Instruction, e: Emitter) -> None:
     elif words[1] == "async" and "global" not in words:
         e.call(barrier_checks.fence_initialisation)
         e.call(_fence_proxy)
+    elif words[1] == "async::generic":  # in front of clusterlaunchcontrol.try_cancel
+        e.call(barrier_checks.fence_initialisation)
 
 
 def _fence_proxy(w: Warp, _s: Split, lanes: Array | None) -> None:

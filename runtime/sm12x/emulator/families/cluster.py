@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def barrier_cluster(i: Instruction, e: Emitter) -> None:
     if i.has("aligned"):
         e.call(_aligned)
     if i.opcode[2] == "arrive":
-        e.call(_arrive)
+        e.call(_arrive(releases=not i.has("relaxed")))
     else:
         e.wait_call(_wait)
 
@@ -35,18 +36,23 @@ def _aligned(_w: Warp, s: Split, lanes: Array | None) -> None:
     aligned(s, lanes)
 
 
-def _arrive(w: Warp, _s: Split, lanes: Array | None) -> None:
-    active = LANES if lanes is None else lanes
-    barrier = w.cta.cluster_barrier
-    phases = w.cluster_phase
-    if np.count_nonzero(phases[active] >= 0):
-        raise Fault("barrier", "a thread arrives twice at the cluster barrier without a wait in between")
-    w.cluster_phase = phases.copy()
-    w.cluster_phase[active] = barrier.generation
-    barrier.arrived += len(active)
-    if w.cta.races is not None:
-        w.cta.races.order.at_barrier(w, lanes, CLUSTER, barrier.generation)
-    w.cta.settle_cluster_barrier()
+def _arrive(*, releases: bool) -> Callable[..., None]:
+    def run(w: Warp, _s: Split, lanes: Array | None) -> None:
+        active = LANES if lanes is None else lanes
+        barrier = w.cta.cluster_barrier
+        phases = w.cluster_phase
+        if np.count_nonzero(phases[active] >= 0):
+            raise Fault("barrier", "a thread arrives twice at the cluster barrier without a wait in between")
+        w.cluster_phase = phases.copy()
+        w.cluster_phase[active] = barrier.generation
+        barrier.arrived += len(active)
+        if w.cta.grid.dependency is not None:
+            w.cta.grid.dependency.arrive(w, lanes, barrier, barrier.generation)
+        if w.cta.races is not None:
+            w.cta.races.order.at_barrier(w, lanes, CLUSTER, barrier.generation, releases=releases)
+        w.cta.settle_cluster_barrier()
+
+    return run
 
 
 def _wait(w: Warp, _s: Split, lanes: Array | None) -> Any:
@@ -59,6 +65,8 @@ def _wait(w: Warp, _s: Split, lanes: Array | None) -> Any:
         return Wait(
             "cluster", barrier.queue, lambda: f"the cluster barrier ({barrier.arrived} threads are there)"
         )
+    if w.cta.grid.dependency is not None:
+        w.cta.grid.dependency.leave(w, lanes, barrier, int(phases[0]))
     if w.cta.races is not None:
         w.cta.races.order.past_barrier(w, lanes, CLUSTER, int(phases[0]))
     w.cluster_phase = w.cluster_phase.copy()

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..asynchronous import Issuer, Operation
+from ..checkers.barriers import check_initialisation
+from ..checkers.races import Ticket
 from ..cta import Cta
 from ..emitter import Emitter
 from ..errors import Fault
@@ -16,6 +18,7 @@ from ..ptx.ir import Instruction, Vector
 from ..registry import instruction, unsupported
 from ..spaces import shared_addresses, space_of
 from ..warp import LANES, Split, Warp
+from .bulk_copy import issue
 
 _BYTES = 16  # of a response
 # The response is opaque. Here: x and y in the low half, z and this mark in the high one, and zeros for a try
@@ -44,19 +47,22 @@ def try_cancel(i: Instruction, e: Emitter) -> None:
                     "alignment", f"a response at shared {place:#x}, which is no multiple of 16", (lane,)
                 )
             cta.mbarrier(target)
+            check_initialisation(cta, target)
             cta.in_flight += 1
-            step = partial(_respond, cta, place, target)
+            step = partial(_respond, cta, place, target, issue(i, w, lane))
             cta.grid.scheduler.submit(Operation(Issuer(i, w, lane), step))
 
     e.call(run, e.address(i.operands[0]), e.address(i.operands[1]))
 
 
-def _respond(cta: Cta, place: int, barrier: int) -> None:
+def _respond(cta: Cta, place: int, barrier: int, ticket: Ticket | None) -> None:
     found = cta.grid.cancel_launch()
     x, y, z, mark = (0, 0, 0, 0) if found is None else (*found, _CANCELED)
     words = np.array([[x | y << 32, z | mark << 32]], np.uint64)
     cta.shared.scatter(np.array([place]), words, _BYTES)
     cta.in_flight -= 1
+    if ticket is not None and cta.races is not None:
+        cta.races.copied_in(ticket, np.array([place]), _BYTES, cta.mbarrier(barrier))
     cta.mbarrier_complete(cta.mbarrier(barrier), _BYTES)
 
 

@@ -136,6 +136,8 @@ def arrive(i: Instruction, e: Emitter) -> None:
     def run(w: Warp, _s: Split, lanes: Array | None, address: Array) -> None:
         for lane in _active(lanes).tolist():
             barrier = w.cta.mbarrier(int(shared_addresses(address[lane : lane + 1], space)[0]))
+            if w.cta.grid.dependency is not None:
+                w.cta.grid.dependency.arrive(w, np.array([lane]), barrier, barrier.phase)
             if not expected:
                 barrier.pending += 1
             _arrive_after(w, barrier, thread_groups(w, lane, "copy").copies, Issuer(i, w, lane))

@@ -104,8 +104,8 @@ def _arrival(
         numbers = [1] * len(addresses) if number is None else _values(lanes, number)
         if not keep and not drop and completes and addresses.count(addresses[0]) == len(addresses):
             barrier = cta.mbarrier(addresses[0])
-            if releases and cta.races is not None:
-                cta.races.order.arrived(w, lanes, barrier)
+            if cta.races is not None:
+                cta.races.order.arrived(w, lanes, barrier, releases=releases)
             if expect:
                 cta.mbarrier_expect(barrier, sum(numbers))
             cta.mbarrier_arrive(barrier, len(numbers) if expect else sum(numbers))
@@ -114,8 +114,9 @@ def _arrival(
         for at, (where, value) in enumerate(zip(addresses, numbers, strict=True)):
             barrier = cta.mbarrier(where)
             found[at] = _state(barrier)
-            if releases and cta.races is not None:
-                cta.races.order.arrived(w, np.array([at if lanes is None else lanes[at]]), barrier)
+            if cta.races is not None:
+                one = np.array([at if lanes is None else lanes[at]])
+                cta.races.order.arrived(w, one, barrier, releases=releases)
             count = 1 if expect else value
             if expect:
                 cta.mbarrier_expect(barrier, value)
@@ -179,8 +180,8 @@ def _follow(w: Warp, lanes: Array | None, barrier: Mbarrier, acquires: bool) -> 
     dependency = w.cta.grid.dependency
     if dependency is not None:
         dependency.leave(w, lanes, barrier, barrier.phase - 1)
-    if acquires and w.cta.races is not None:
-        w.cta.races.order.saw(w, lanes, barrier)
+    if w.cta.races is not None:
+        w.cta.races.order.saw(w, lanes, barrier, acquires=acquires)
 
 
 def _follow_each(
@@ -199,7 +200,8 @@ def _try_wait(space: str, parity: bool, acquires: bool) -> Callable[..., Any]:
         first = w.cta.mbarrier(addresses[0])
         if addresses.count(addresses[0]) == len(addresses) == wanted.count(wanted[0]):  # the lanes agree
             seen = _completed(first, wanted[0], parity)
-            checks.resumed(first, s, seen=seen)
+            if parity:  # a state says which phase it means
+                checks.resumed(first, s, seen=seen)
             if seen:
                 _follow(w, lanes, first, acquires)
                 return ALL if lanes is None else ALL[lanes]
@@ -211,9 +213,8 @@ def _try_wait(space: str, parity: bool, acquires: bool) -> Callable[..., Any]:
             _completed(first if at == addresses[0] else w.cta.mbarrier(at), value, parity)
             for at, value in zip(addresses, wanted, strict=True)
         ]
-        if any(flags) or w.cta.grid.scheduler.chance(_GIVES_UP):
-            return _follow_each(w, lanes, addresses, flags, acquires)
-        return Wait("mbarrier", first.queue, lambda: str(first))
+        # Whichever barrier's phase ends first lets its lanes go on: there is no one queue to wait in.
+        return _follow_each(w, lanes, addresses, flags, acquires)
 
     return run
 
@@ -223,7 +224,7 @@ def _test_wait(space: str, parity: bool, acquires: bool) -> Callable[..., Array]
         addresses, wanted = _each(space, lanes, address), _values(lanes, operand)
         pairs = zip(addresses, wanted, strict=True)
         flags = [_completed(w.cta.mbarrier(at), value, parity) for at, value in pairs]
-        if addresses.count(addresses[0]) == len(addresses) and all(flags) == any(flags):
+        if parity and addresses.count(addresses[0]) == len(addresses) and all(flags) == any(flags):
             checks.resumed(w.cta.mbarrier(addresses[0]), s, seen=flags[0])
         if addresses.count(addresses[0]) == len(addresses) and all(flags):
             _follow(w, lanes, w.cta.mbarrier(addresses[0]), acquires)
