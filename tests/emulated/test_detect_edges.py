@@ -142,7 +142,7 @@ INIT_FENCE = "fence.mbarrier_init.release.cluster;\nbar.sync 0;"
 RIGHT = {
     "barrier.sync behind whose back lanes end": HALF.format(barrier="0", rounds=300),
     "barrier.sync when lanes have ended": HALF.format(barrier="0", rounds=1),
-    "a branch to what follows": "@%p0 bra NEXT;\nNEXT:\nbar.sync 0;",
+    "a branch to what follows": "@%p0 bra NEXT;\nNEXT:\n" + HALF.format(barrier="1, 64", rounds=1),
     "barrier.sync with a count behind whose back lanes end": HALF.format(barrier="1, 64", rounds=300),
     "ldmatrix when lanes have ended": MATRIX.format("bar.sync 0;"),
     "relaxed arrival at the cluster barrier behind a fence": CLUSTER.format(FENCE, "relaxed"),
