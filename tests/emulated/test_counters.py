@@ -120,6 +120,22 @@ def test_generic_addresses_count_where_they_point():
     assert found.instructions["st.generic"] == 2
 
 
+def test_generic_addresses_of_local_memory_are_neither_shared_nor_global():
+    text = kernel("""
+    .local .align 4 .b8 own[4];
+    mov.u32 %r1, %laneid;
+    mov.u64 %rd1, own;
+    cvta.local.u64 %rd1, %rd1;
+    st.b32 [%rd1], %r1;
+    ld.b32 %r2, [%rd1];
+    """)
+    found = counters(text)
+    assert found.instructions["st.generic"] == found.instructions["ld.generic"] == 1
+    assert found.global_memory["store"].requests == found.global_memory["load"].requests == 0
+    assert found.shared_memory["st"].requests == found.shared_memory["ld"].requests == 0
+    assert found.unique_bytes == {"loaded": 0, "stored": 0}
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_wavefronts_and_sectors_of_any_access(seed):
     """Against the rule, word by word, with random lanes switched off."""
@@ -416,6 +432,8 @@ OTHER:
     assert waits.at_once + waits.waited + waits.gave_up == tries
     assert waits.gave_up >= 1, "test_wait before the arrival"
     assert waits.at_once >= 1
+    # Of each warp init, arrival and bar.sync, of one bar.sync, elect and arrival; polls may take any number.
+    assert found.work.surely_issued == 2 * 3 + 3
 
 
 def test_counting_changes_nothing():
@@ -451,6 +469,43 @@ def test_who_is_woken_in_vain_still_waits_once(seed):
     text = kernel(f"mov.u64 %rd1, {source};\nmov.b32 %r1, box;\n{copies}\ncp.async.wait_all;", shared=BOX)
     waits = counters(text, threads=1, seed=seed, machine=machine).waits["copies"]
     assert (waits.waited, waits.at_once) in ((1, 0), (0, 1))
+
+
+_SCALES = "{%r5}, {0, 0}, {%r6}, {0, 0}"
+
+
+@pytest.mark.parametrize(
+    ("opcode", "a", "b", "scales", "form", "depth"),
+    [
+        ("m16n8k16.row.col.f32.bf16.bf16.f32", 4, 2, "", "bf16", 16),
+        ("m16n8k32.row.col.f32.e4m3.e5m2.f32", 4, 2, "", "plain", 32),
+        ("m16n8k32.row.col.kind::f8f6f4.f32.e2m1.e2m1.f32", 4, 2, "", "plain", 32),
+        (
+            *("m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3.f32.ue8m0", 4, 2),
+            *(_SCALES, "block_scaled", 32),
+        ),
+        (
+            *("m16n8k64.row.col.kind::mxf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0", 4, 2),
+            *(_SCALES, "nvfp4", 64),
+        ),
+        (
+            *("m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3", 4, 2),
+            *(_SCALES, "nvfp4", 64),
+        ),
+    ],
+)
+def test_the_rate_of_an_mma_is_that_of_its_kind(opcode, a, b, scales, form, depth):
+    """The floor takes these names for those of `devices.Gpu.mma`."""
+    registers = [f"%r{at}" for at in range(10, 10 + a + b)]
+    operands = f"{{{', '.join(registers[:a])}}}, {{{', '.join(registers[a:])}}}"
+    sums = "{%f1, %f2, %f3, %f4}"
+    clear = "\n".join(
+        f"mov.b32 {each}, 0;" for each in (*registers, "%r5", "%r6", "%f1", "%f2", "%f3", "%f4")
+    )
+    tail = f", {scales}" if scales else ""
+    found = counters(kernel(f"{clear}\nmma.sync.aligned.{opcode} {sums}, {operands}, {sums}{tail};"))
+    assert found.work.multiply_adds == {form: 16 * 8 * depth}
+    assert found.work.surely_issued == 1
 
 
 def test_the_main_loop_is_the_innermost_with_an_mma():

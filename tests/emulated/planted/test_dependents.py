@@ -210,6 +210,26 @@ CASES = [
         READS.replace("fresh", "data"), r"ld\.global", r"st\.release",
     ),
     Chained(
+        "a flag that is set by a weak store",
+        (
+            f"{TRIGGER}\nmov.b32 %r9, 7;\n@%p1 <HERE> [%rd1], %r9;",
+            f"POLL:\nld.acquire.gpu.global.b32 %r9, [%rd1];\nsetp.ne.u32 %p5, %r9, 7;\n@%p5 bra POLL;\n{GDC}",
+        ),
+        "st.global.b32",
+        "st.release.gpu.global.b32",
+        READS.replace("fresh", "data"), r"ld\.acquire",
+    ),
+    Chained(
+        "only the lane that waits loads what the primary writes",
+        (
+            f"{TRIGGER}\n{WORK}\n@%p1 st.global.b32 [%rd6], %r1;",
+            f"setp.eq.u32 %p3, %r1, 1;\n<HERE> {GDC}\nld.global.b32 %r9, [%rd6];",
+        ),
+        "@%p3",
+        "@%p1",
+        READS.replace("fresh", "data"), r"ld\.global",
+    ),
+    Chained(
         "a grid in between that never waits",
         (WRITE, f"<HERE>\n{TRIGGER}", f"{GDC}\n{LOAD_FRESH}"),
         "",
@@ -248,10 +268,11 @@ def test_its_clean_twin(case):
 
 
 def polls(seed):
-    """Segments that a kernel runs which polls for something its predecessor writes at its end."""
+    """Segments that a kernel runs which polls for something its predecessor writes at its end: for so long
+    that a livelock would be proven if no other grid ran."""
     machine = Machine()
     flag = machine.upload(np.zeros(1, np.uint32), "flag")
-    primary = f"{TRIGGER}\nmov.b32 %r9, 0;\nLOOP:\nadd.u32 %r9, %r9, 1;\nsetp.lt.u32 %p1, %r9, 3000;\n" \
+    primary = f"{TRIGGER}\nmov.b32 %r9, 0;\nLOOP:\nadd.u32 %r9, %r9, 1;\nsetp.lt.u32 %p1, %r9, 10000;\n" \
         f"@%p1 bra LOOP;\nmov.u64 %rd1, {flag};\nst.release.gpu.global.b32 [%rd1], %r9;"  # fmt: skip
     secondary = f"mov.u64 %rd1, {flag};\nPOLL:\nld.acquire.gpu.global.b32 %r9, [%rd1];\n" \
         f"setp.eq.u32 %p1, %r9, 0;\n@%p1 bra POLL;\n{GDC}"  # fmt: skip

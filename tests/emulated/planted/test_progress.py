@@ -159,6 +159,24 @@ def test_long_computations_are_no_livelock():
         assert machine.memory.region(data).observers == ()
 
 
+@pytest.mark.parametrize("space", ["shared", "global"])
+def test_a_count_in_memory_is_no_livelock(space):
+    """Registers and places are the same each time round, and memory is not."""
+    text = kernel(f"""
+    mov.u64 %rd1, counted;
+    mov.b32 %r1, 0;
+    st.{space}.b32 [%rd1], %r1;
+AGAIN:
+    atom.{space}.add.u32 %r1, [%rd1], 1;
+    setp.lt.u32 %p1, %r1, 8000;
+    mov.b32 %r1, 0;
+    @%p1 bra AGAIN;
+    setp.lt.u32 %p1, %r1, 1;
+    """, shared=f".{space} .align 4 .b32 counted;")  # fmt: skip
+    for seed in range(2):
+        Machine().run(text, 1, 1, seed=seed)
+
+
 def test_livelock_is_proven_soon():
     """Not by running until some limit: a flag that nobody sets, polled by 8 warps with a branch inside."""
     machine = Machine()

@@ -74,6 +74,38 @@ def written(name, edit):
     )
 
 
+def by_another_cta(name, first, then, message):
+    """CTA 0 runs `first` and then CTA 1 `then`, a use of the map in `room`; <HERE> is in one of them."""
+    return Planted(
+        name,
+        f"""{init()}
+    mov.u32 %r27, %ctaid.x;
+    setp.ne.u32 %p3, %r27, 0;
+    @%p3 bra.uni USER;
+    {first}
+    mov.b32 %r28, 1;
+    @%p1 st.release.gpu.global.b32 [%rd1], %r28;
+    ret;
+USER:
+    ld.acquire.gpu.global.b32 %r28, [%rd1];
+    setp.ne.u32 %p4, %r28, 1;
+    @%p4 bra USER;
+    {then}
+    {USE}
+    {wait()}
+    """,
+        "",
+        ACQUIRE if "<HERE>" in then else RELEASE,
+        "tensor map",
+        message.replace("CTA 0", "CTA 1"),
+        r"cp\.async\.bulk\.tensor",
+        ctas=2,
+        options={"cooperative": True},
+    )
+
+
+MAP_STORE = "@%p1 st.global.b32 [%rd5+32], %r25;"
+SECOND_HALF = "ld.global.b32 %r25, [%rd5+96];\n@%p1 st.global.b32 [%rd5+96], %r25;"
 ATOMIC = "@%p1 atom.global.or.b32 %r26, [%rd5+32], 0;"
 CASES = [
     rewritten("tensormap.cp_fenceproxy", EDIT, "tensormap.cp_fenceproxy"),
@@ -134,34 +166,16 @@ CASES = [
         NOT_ACQUIRED,
         r"cp\.async\.bulk\.tensor",
     ),
-    Planted(
-        "acquired by another CTA only",
-        f"""{init()}
-    mov.u32 %r27, %ctaid.x;
-    setp.ne.u32 %p3, %r27, 0;
-    @%p3 bra.uni USER;
-    {EDIT}
-    {ACQUIRE}
-    mov.b32 %r28, 1;
-    @%p1 st.release.gpu.global.b32 [%rd2], %r28;
-    ret;
-USER:
-    ld.acquire.gpu.global.b32 %r28, [%rd2];
-    setp.ne.u32 %p4, %r28, 1;
-    @%p4 bra USER;
-    <HERE>
-    {USE}
-    {wait()}
-    """.replace("[%rd2]", "[%rd1]"),
-        "",
-        ACQUIRE,
-        "tensor map",
-        NOT_ACQUIRED.replace("CTA 0", "CTA 1"),
-        r"cp\.async\.bulk\.tensor",
-        ctas=2,
-        options={"cooperative": True},
+    by_another_cta("acquired by another CTA only", f"{EDIT}\n{ACQUIRE}", "<HERE>", NOT_ACQUIRED),
+    by_another_cta(
+        "released by another CTA only",
+        f"ld.global.b32 %r25, [%rd5+32];\n{MAP_STORE}\n<HERE>",
+        f"{RELEASE}\n{ACQUIRE}",
+        NOT_RELEASED,
     ),
-    written("a store", "@%p1 st.global.b32 [%rd5+32], %r25;"),
+    written("a store", MAP_STORE),
+    written("a store to its second half", SECOND_HALF),
+    written("a store, another map being published,", MAP_STORE + EDIT.replace("[%rd5]", "[%rd3]")),
     written("tensormap.replace", REPLACE),
     written("an atomic", ATOMIC),
     Planted(
