@@ -43,6 +43,12 @@ INIT = """
 """
 LOAD = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 STORE = "cp.async.bulk.global.shared::cta.bulk_group"
+# Thread 0 has the box filled, which bar tells of, or has it stored.
+FILL = f"""
+    @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 256;
+    @%p0 {LOAD} [box], [%rd1], 256, [bar];
+"""
+DRAIN = f"@%p0 {STORE} [%rd1], [box], 256;\n@%p0 cp.async.bulk.commit_group;"
 TENSOR_MAP = ".tensormap::generic.release.gpu.sync.aligned"
 
 
@@ -164,8 +170,7 @@ PLANTED = {
         st.shared.b32 [%r1], %r0;
         << fence.proxy.async.shared::cta; >>
         bar.sync 0;
-        @%p0 {STORE} [%rd1], [box], 256;
-        @%p0 cp.async.bulk.commit_group;
+        {DRAIN}
         cp.async.bulk.wait_group.read 0;
         """,
         "proxy",
@@ -178,8 +183,7 @@ PLANTED = {
         st.shared.b32 [%r1], %r0;
         << fence.proxy.async.shared::cta; >>
         bar.sync 0;
-        @%p0 {STORE} [%rd1], [box], 256;
-        @%p0 cp.async.bulk.commit_group;
+        {DRAIN}
         cp.async.bulk.wait_group.read 0;
         """,
         "proxy",
@@ -190,8 +194,7 @@ PLANTED = {
         st.shared.b32 [%r1], %r0;
         fence.proxy.async.shared::cta;
         << bar.sync 0; >>
-        @%p0 {STORE} [%rd1], [box], 256;
-        @%p0 cp.async.bulk.commit_group;
+        {DRAIN}
         cp.async.bulk.wait_group.read 0;
         """,
         "race",
@@ -202,8 +205,7 @@ PLANTED = {
         st.shared.b32 [%r1], %r0;
         fence.proxy.async.shared::cta;
         bar.sync 0;
-        @%p0 {STORE} [%rd1], [box], 256;
-        @%p0 cp.async.bulk.commit_group;
+        {DRAIN}
         << cp.async.bulk.wait_group.read 0; >>
         @%p0 st.shared.b32 [box], %r0;
         cp.async.bulk.wait_group 0;
@@ -216,8 +218,7 @@ PLANTED = {
         st.shared.b32 [%r1], %r0;
         fence.proxy.async.shared::cta;
         bar.sync 0;
-        @%p0 {STORE} [%rd1], [box], 256;
-        @%p0 cp.async.bulk.commit_group;
+        {DRAIN}
         cp.async.bulk.wait_group.read 0;
         << bar.sync 0; >>
         st.shared.b32 [%r1], %r0;
@@ -245,8 +246,7 @@ PLANTED = {
     "a stage is read before its barrier tells that the load is done": (
         INIT.format(full=1, empty=1)
         + f"""
-        @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 256;
-        @%p0 {LOAD} [box], [%rd1], 256, [bar];
+        {FILL}
         << {until("bar", 0, "FULL")} >>
         ld.shared.b32 %r6, [%r1];
         {until("bar", 0, "DONE")}
@@ -264,8 +264,7 @@ PLANTED = {
         bar.sync 0;
         """
         + f"""
-        @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 256;
-        @%p0 {LOAD} [box], [%rd1], 256, [bar];
+        {FILL}
         {until("bar", 0, "FULL")}
         ld.shared.b32 %r6, [%r1];
         bar.warp.sync -1;
@@ -273,8 +272,7 @@ PLANTED = {
         >< @%p0 mbarrier.arrive.shared::cta.b64 _, [bar+8]; ><
         @!%p0 bra END;
         {until("bar+8", 0, "EMPTY")}
-        @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 256;
-        @%p0 {LOAD} [box], [%rd1], 256, [bar];
+        {FILL}
         {until("bar", 1, "AGAIN")}
     END:
         """,
@@ -284,16 +282,14 @@ PLANTED = {
     "one lane arrives for others that it did not meet": (
         INIT.format(full=1, empty=2)
         + f"""
-        @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 256;
-        @%p0 {LOAD} [box], [%rd1], 256, [bar];
+        {FILL}
         {until("bar", 0, "FULL")}
         ld.shared.b32 %r6, [%r1];
         << bar.warp.sync -1; >>
         @%p2 mbarrier.arrive.shared::cta.b64 _, [bar+8];
         @!%p0 bra END;
         {until("bar+8", 0, "EMPTY")}
-        @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 256;
-        @%p0 {LOAD} [box], [%rd1], 256, [bar];
+        {FILL}
         {until("bar", 1, "AGAIN")}
     END:
         """,

@@ -213,18 +213,19 @@ class Program:
         choose = partial(_indexed, self._targets[instruction.index], self._meets[segment])
         emitter.line(f"return {emitter.bind(choose)}(s, {emitter.value(instruction.operands[0], 'u32').u})")
 
-    def instruction_of(self, code: CodeType, line: int) -> Instruction | None:
-        """The instruction that a line of a segment's function comes from; None for other functions."""
+    def _owner(self, code: CodeType, line: int) -> int | None:
+        """The index of the instruction that a line of a segment's function comes from, -1 where it is of
+        none; None for other functions.
+        """
         owners = self._owners.get(code)
-        at = owners[min(max(line - 2, 0), len(owners) - 1)] if owners is not None else -1
-        return self.kernel.instructions[at] if at >= 0 else None
+        return None if owners is None else owners[min(max(line - 2, 0), len(owners) - 1)]
 
     def executing(self, frame: FrameType | None) -> int:
         """The index of the instruction that runs, seen from a frame that it called; -1 where none does."""
         while frame is not None:
-            owners = self._owners.get(frame.f_code)
-            if owners is not None:
-                return owners[min(max(frame.f_lineno - 2, 0), len(owners) - 1)]
+            found = self._owner(frame.f_code, frame.f_lineno)
+            if found is not None:
+                return found
             frame = frame.f_back
         return -1
 
@@ -235,7 +236,9 @@ class Program:
         instruction = None
         trace = error.__traceback__
         while trace is not None:
-            instruction = self.instruction_of(trace.tb_frame.f_code, trace.tb_lineno) or instruction
+            at = self._owner(trace.tb_frame.f_code, trace.tb_lineno)
+            if at is not None and at >= 0:
+                instruction = self.kernel.instructions[at]
             trace = trace.tb_next
         if isinstance(error, EmulatorError) and (error.line is not None or error.violation is not None):
             return error

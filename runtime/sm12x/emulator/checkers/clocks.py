@@ -38,11 +38,10 @@ class View:
 
 def view_of(rows: Array, warps: int) -> View:
     """Of rows (n, 2, agents) of `Clocks.known`."""
-    both = rows[0] if len(rows) == 1 else rows.min(axis=0)
-    lanes = both[:, : 32 * warps].reshape(2, warps, 32)
-    low = lanes.min(axis=2)
-    extended = np.concatenate([both, low[:, ::-1], low[:, ::-1]], axis=1)
-    return View(extended[HAPPENED], extended[FENCED], lanes[HAPPENED], low[HAPPENED])
+    all_of_them = extended(rows[:1] if len(rows) == 1 else rows.min(axis=0)[None], warps)[0]
+    happened = all_of_them[HAPPENED]
+    lanes = happened[: 32 * warps].reshape(warps, 32)
+    return View(happened, all_of_them[FENCED], lanes, happened[: -warps - 1 : -1])
 
 
 def extended(rows: Array, warps: int) -> Array:

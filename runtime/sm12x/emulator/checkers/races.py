@@ -85,21 +85,23 @@ class Races:
         return found
 
     def _refine(self) -> None:
-        self._grain //= 4 if self._grain > 1 else 1
+        self._grain //= 4
         self._writes.refine(4)
         for reads in self._reads.values():
             reads.refine(4)
 
     def _line(self) -> int:
         """The instruction, by index, that a segment's function is at."""
-        found = self._cta.grid.program.executing(sys._getframe(2))
-        return found
+        return self._cta.grid.program.executing(sys._getframe(2))
 
     # Accesses of threads
 
+    def _party(self, w: Warp, lanes: Array | None, *, collective: bool = False) -> Party:
+        return Party(self.clocks.view(w.index, lanes), w.index, lanes, collective)
+
     def load(self, w: Warp, lanes: Array | None, address: Array, size: int) -> None:
         """Lanes have read `size` bytes at an address each."""
-        party = Party(self.clocks.view(w.index, lanes), w.index, lanes)
+        party = self._party(w, lanes)
         pieces = self._pieces(address.astype(np.int64) - SHARED_BASE, size)
         line = self._line()
         self._after_writes(party, pieces, "read of")
@@ -107,7 +109,7 @@ class Races:
 
     def store(self, w: Warp, lanes: Array | None, address: Array, size: int) -> None:
         """Lanes have written `size` bytes at an address each."""
-        party = Party(self.clocks.view(w.index, lanes), w.index, lanes)
+        party = self._party(w, lanes)
         pieces = self._pieces(address.astype(np.int64) - SHARED_BASE, size)
         self._after_writes(party, pieces, "write to")
         self._after_reads(party, pieces, "write to")
@@ -136,20 +138,18 @@ class Races:
 
     def load_rows(self, w: Warp, address: Array, size: int) -> None:
         """The warp has read rows of a matrix."""
-        lanes = None if w.alive_count == 32 else np.flatnonzero(w.alive)
-        party = Party(self.clocks.view(w.index, lanes), w.index, lanes, collective=True)
+        party = self._party(w, None if w.alive_count == 32 else np.flatnonzero(w.alive), collective=True)
         pieces = self._pieces(address.astype(np.int64) - SHARED_BASE, size).ravel()
         self._after_writes(party, pieces, "read of")
         reads = self._of(w.index)
         if reads.by_lanes:
-            self._keep(reads, w.index, lanes, pieces)
+            self._keep(reads, w.index, party.lanes, pieces)
         reads.stamp[pieces] = shadow.stamp(self.clocks.now[w.index], shadow.COLLECTIVE)
         reads.line[pieces] = self._line()
 
     def store_rows(self, w: Warp, address: Array) -> None:
         """The warp has written rows of 16 bytes of a matrix."""
-        lanes = None if w.alive_count == 32 else np.flatnonzero(w.alive)
-        party = Party(self.clocks.view(w.index, lanes), w.index, lanes, collective=True)
+        party = self._party(w, None if w.alive_count == 32 else np.flatnonzero(w.alive), collective=True)
         pieces = self._pieces(address.astype(np.int64) - SHARED_BASE, 16).ravel()
         self._after_writes(party, pieces, "write to")
         self._after_reads(party, pieces, "write to")
