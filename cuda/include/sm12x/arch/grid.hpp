@@ -1,0 +1,41 @@
+/// Between grids and between CTAs of one grid: programmatic dependent launch, and the acquire and
+/// release of words in global memory.
+///
+/// CUTLASS's wrappers of griddepcontrol become nothing unless a macro is set on the command line;
+/// ours are what they say (PTX ISA, "griddepcontrol").
+#pragma once
+
+#include <cstdint>
+
+namespace sm12x::arch {
+
+/// Waits until every grid that this one depends on has completed and its writes are visible. Nothing
+/// where the grid was launched without the attribute.
+__device__ __forceinline__ void wait_on_prerequisite_grids() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+/// Lets grids that depend on this one begin, once every CTA has called it or ended.
+__device__ __forceinline__ void launch_dependent_grids() {
+  asm volatile("griddepcontrol.launch_dependents;");
+}
+
+/// The word, and with it all that was written before whoever released it.
+__device__ __forceinline__ uint32_t load_acquire(uint32_t const* address) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+/// Adds to the word and returns what it was; releases what this thread knows of, acquires what the
+/// others released.
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* address, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(address), "r"(value)
+               : "memory");
+  return before;
+}
+
+}  // namespace sm12x::arch

@@ -1,0 +1,151 @@
+/// The main loop of one warp: its part of a tile, from two K-major operands in swizzled shared memory.
+///
+/// Operand tiles are rows of TileK bytes under TMA's swizzle of that many bytes (64 or 128), beginning at
+/// a multiple of 1024. The warp's fragments are those of m16n8k32 (PTX ISA, "Matrix Fragments for
+/// mma.m16n8k32"): atoms of 16 rows of A by 8 rows of B, k-blocks of 32 bytes.
+///
+/// All addresses of a stage are the stage's plus one of a few numbers that the warp computes once:
+/// k-blocks differ in bits that the swizzle only flips, atoms by multiples of eight rows, which it does
+/// not see. So the loop has no address arithmetic but one addition per operand and k-block.
+#pragma once
+
+#include <cstdint>
+
+#include <cute/config.hpp>
+#include <sm12x/arch/copy.hpp>
+
+namespace sm12x::collective {
+
+template <class Mma, int AtomsM_, int AtomsN_, int TileK_>
+class WarpTile {
+ public:
+  static constexpr int kAtomsM = AtomsM_;
+  static constexpr int kAtomsN = AtomsN_;
+  static constexpr int kTileK = TileK_;
+  static constexpr int kBlockK = 32;
+  static constexpr int kBlocks = kTileK / kBlockK;
+  static_assert(kTileK == 64 || kTileK == 128, "a row is one swizzle row of TMA");
+  static_assert(kAtomsN == 1 || kAtomsN % 2 == 0, "four matrices are two atoms, or two k-blocks");
+
+  using Accumulators = float[kAtomsM][kAtomsN][4];
+
+  /// Addresses of the first stage's tiles, and bytes from one stage to the next.
+  struct Stages {
+    uint32_t a;
+    uint32_t b;
+    uint32_t bytes;
+  };
+
+  /// Offsets of 16-byte chunk `chunk` of row `row` in an operand tile.
+  __device__ static uint32_t swizzled(int row, int chunk) {
+    int const flip = kTileK == 128 ? row % 8 : row / 2 % 4;
+    return uint32_t(row * kTileK + ((chunk ^ flip) * 16));
+  }
+
+  /// The warp's first rows in the tiles of A and B.
+  __device__ WarpTile(int row_a, int row_b) {
+    int const lane = threadIdx.x % 32;
+    offset_a_ = swizzled(row_a + lane % 16, lane / 16);
+    if constexpr (kAtomsN == 1) {
+      offset_b_ = swizzled(row_b + lane % 8, lane / 8);
+    } else {
+      offset_b_ = swizzled(row_b + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    }
+  }
+
+  /// Adds the products of `k_tiles` stages, of which the last one has `last_blocks` k-blocks (1 to
+  /// kBlocks). Waits for each stage and releases it as soon as its last fragments have been requested:
+  /// shared memory serves a warp's loads and its arrival in order. ActiveN: atoms of B that count.
+  template <int ActiveN = kAtomsN, class Pipeline, class State>
+  __device__ void run(Pipeline& pipeline, State& state, Stages const& stages, int k_tiles,
+                      int last_blocks, Accumulators& accumulators) const {
+    Fragments<ActiveN> fragments;
+    int const whole = last_blocks == kBlocks ? k_tiles : k_tiles - 1;
+#pragma unroll 1
+    for (int tile = 0; tile < whole; ++tile) {
+      uint32_t const a = stages.a + state.index() * stages.bytes;
+      uint32_t const b = stages.b + state.index() * stages.bytes;
+      pipeline.consumer_wait(state);
+      load(fragments, a, b, 0);
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        if (block + 1 < kBlocks) {
+          load(fragments, a, b, block + 1);
+        } else {
+          pipeline.consumer_release(state);
+        }
+        multiply(fragments, block, accumulators);
+      }
+      ++state;
+    }
+    if (whole < k_tiles) {
+      uint32_t const a = stages.a + state.index() * stages.bytes;
+      uint32_t const b = stages.b + state.index() * stages.bytes;
+      pipeline.consumer_wait(state);
+#pragma unroll
+      for (int block = 0; block + 1 < kBlocks; ++block) {
+        if (block < last_blocks) {
+          load(fragments, a, b, block);
+          multiply(fragments, block, accumulators);
+        }
+      }
+      pipeline.consumer_release(state);
+      ++state;
+    }
+  }
+
+ private:
+  // Two k-blocks in turns. With one atom of B, four matrices are its next two k-blocks: two pairs in
+  // turns.
+  template <int ActiveN>
+  struct Fragments {
+    static constexpr int kActiveN = ActiveN;
+    uint32_t a[2][kAtomsM][4];
+    uint32_t b[2][ActiveN][kAtomsN == 1 ? 4 : 2];
+  };
+
+  template <class Fragments>
+  __device__ void load(Fragments& to, uint32_t a, uint32_t b, int block) const {
+    uint32_t const from_a = a + (offset_a_ ^ (block * kBlockK));
+    uint32_t const from_b = b + (offset_b_ ^ (block * kBlockK));
+#pragma unroll
+    for (int m = 0; m < kAtomsM; ++m) {
+      auto& atom = to.a[block % 2][m];
+      arch::load_matrices(from_a + m * 16 * kTileK, atom[0], atom[1], atom[2], atom[3]);
+    }
+    if constexpr (kAtomsN == 1) {
+      if (block % 2 == 0) {
+        auto& atom = to.b[block / 2 % 2][0];
+        arch::load_matrices(from_b, atom[0], atom[1], atom[2], atom[3]);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < Fragments::kActiveN; n += 2) {
+        auto& atoms = to.b[block % 2];
+        arch::load_matrices(from_b + n * 8 * kTileK, atoms[n][0], atoms[n][1], atoms[n + 1][0],
+                            atoms[n + 1][1]);
+      }
+    }
+  }
+
+  template <class Fragments>
+  __device__ static void multiply(Fragments const& from, int block, Accumulators& d) {
+#pragma unroll
+    for (int n = 0; n < Fragments::kActiveN; ++n) {
+      uint32_t const* b =
+          kAtomsN == 1 ? &from.b[block / 2 % 2][n][block % 2 * 2] : from.b[block % 2][n];
+#pragma unroll
+      for (int m = 0; m < kAtomsM; ++m) {
+        uint32_t const(&a)[4] = from.a[block % 2][m];
+        float (&c)[4] = d[m][n];
+        Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2],
+                 c[3]);
+      }
+    }
+  }
+
+  uint32_t offset_a_;
+  uint32_t offset_b_;
+};
+
+}  // namespace sm12x::collective
