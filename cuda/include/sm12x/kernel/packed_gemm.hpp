@@ -289,21 +289,35 @@ class PackedGemm {
                                    uint32_t(kMostStages));
     arch::keep(stages_of_boxes);
     __syncthreads();
+    State state = mma_warp < 0 ? Ring::producer_start() : State{};
+    Stages stages;
+    stages.first = arch::shared_address(shared.stages);
+    PackedWork work;
     if constexpr (Config::kPdl) {
       arch::wait_on_prerequisite_grids();
       arch::launch_dependent_grids();
     }
+    // Nothing happens on the SM until the producers know their work, so the MMA warps, which will wait for
+    // data anyway, stay out of their way until then.
+    constexpr int kEverybody = kThreads;
+    constexpr int kProducersKnow = 1;  // named barrier
+    if (mma_warp >= 0) {
+      arch::wait_at_barrier(kProducersKnow, kEverybody);
+    }
     schedule.start();
     // A stage is as long as the CTA's largest piece: short pieces have more of them.
     uint32_t const boxes = Config::kSwapAb ? schedule.largest_piece() : 1;
-    Stages stages;
-    stages.first = arch::shared_address(shared.stages);
     stages.weight_bytes = boxes * kBoxBytes;
     stages.bytes = stages.weight_bytes + kTokenBytes;
     ring.set_stages(__shfl_sync(0xffffffffu, stages_of_boxes, boxes - 1));
-    State state = mma_warp < 0 ? Ring::producer_start() : State{};
-    PackedWork work;
-    for (int turn = 0; schedule.next(work); ++turn) {
+    for (int turn = 0;; ++turn) {
+      bool const found = schedule.next(work);
+      if (turn == 0 && mma_warp < 0) {
+        arch::arrive_at_barrier(kProducersKnow, kEverybody);
+      }
+      if (!found) {
+        break;
+      }
       if (warp == kWeightsWarp) {
         load_weights(params, ring, stages, work, state);
       } else if (warp == kTokensWarp) {
