@@ -62,8 +62,8 @@ class Variant:
 
     `threads` per CTA; `shared_memory` is dynamic, in bytes; `grid_axis` carries the CTAs; `workspace_per_cta`
     is bytes of tensor maps. Preparation kernels (`role` "prepare_packed", "prepare_list") have no tile, types
-    or tensor maps. `token_step`: a tile computes its tokens in steps of so many and skips those past the
-    group's end; 0 means that it computes the whole tile.
+    or tensor maps. `outs`: types of D that it can write. `token_step`: a tile computes its tokens in steps of
+    so many and skips those past the group's end; 0 means that it computes the whole tile.
     """
 
     key: str
@@ -81,12 +81,18 @@ class Variant:
     swap_ab: bool = False
     a: str = ""
     b: str = ""
-    out: str = ""
+    outs: tuple[str, ...] = ()
     mma: str = ""
     pdl: bool = False
     stages: int = 0
     tensor_maps: Mapping[str, TensorMap] | None = None
     token_step: int = 0
+    mma_warps: int = 0
+
+    @property
+    def out(self) -> str:
+        """The type of D where a kernel writes one, else the first that it can write; "" without any."""
+        return self.outs[0] if self.outs else ""
 
     @property
     def token_tile(self) -> int:
@@ -282,7 +288,7 @@ def _variant(key: str, raw: Mapping[str, Any]) -> Variant:
         token_step=int(raw.get("token_step", 0)),
         a=str(raw["a"]),
         b=str(raw["b"]),
-        out=str(raw["out"]),
+        outs=_outs(raw),
         mma=str(raw["mma"]),
         stages=_number(raw, "stages", 1),
         tensor_maps={name: _tensor_map(raw["tensor_maps"][name]) for name in OPERANDS},
@@ -309,6 +315,13 @@ def _number(raw: Mapping[str, Any], name: str, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
     return value
+
+
+def _outs(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    outs = tuple(str(each) for each in raw["outs"]) if "outs" in raw else (str(raw["out"]),)
+    if not outs:
+        raise ValueError("outs: expected at least one type")
+    return outs
 
 
 def _three(tile: Any) -> tuple[int, int, int]:
