@@ -5,7 +5,7 @@
 
 Needs no GPU. A file has `arch` and `rows`. A row has `model`, `gemm`, `T`, `E` (or `experts`), `K`, `N` and
 `times`; `top_k` where it is not the model's own; `gathers` true where rows came through an index. `times`
-maps "VARIANT" (whole tiles) and "VARIANT:split" to microseconds or to an object with `median_us`. Other
+maps "VARIANT" (K whole) and "VARIANT:split" to microseconds or to an object with `median_us`. Other
 contenders in it are left out.
 
 Printed: for every row the choice, the best variant and the loss of the choice over it; geometric mean and
@@ -55,7 +55,7 @@ class Time:
     name: str
     variant: Variant
     work: cost.Work
-    leasts: tuple[int, ...]  # empty: whole tiles
+    leasts: tuple[int, ...]  # empty: K whole
     us: float
 
 
@@ -139,7 +139,7 @@ def _row(path: Path, raw: dict[str, Any], arch: str, sms: int, variants: dict[st
 def predict(row: Row, time: Time) -> float:
     """Microseconds that the model expects, with the constants that are set now."""
     if not time.leasts:
-        return cost.whole_tiles(row.problem, time.work, time.variant, row.sms).us
+        return cost.whole_k(row.problem, time.work, time.variant, row.sms).us
     return min(cost.split_k(row.problem, time.work, time.variant, row.sms, least).us for least in time.leasts)
 
 

@@ -17,10 +17,11 @@ from sm12x.select import (
     fits,
     select,
     tiles_upper_bound,
+    units_upper_bound,
 )
 from sm12x.select.model import measure
 from sm12x.select.problem import expected_groups
-from sm12x.select.ranking import MOST_UNITS, least_units
+from sm12x.select.ranking import TOO_MANY_UNITS, least_units
 from sm12x.select.rates import DRAM, FAMILIES, dram
 from unit.fake_family import write_family
 from unit.packed_variants import packed_variants
@@ -115,16 +116,18 @@ def test_many_rows_pick_large_tiles(gemms, arch):
 
 
 @pytest.mark.parametrize("arch", sorted(RATES))
-def test_fewer_tiles_than_sms_split_k_or_take_small_tiles(gemms, arch):
-    # Two tiles of 128 features: whole ones of them would leave nearly all SMs without work.
-    choice = best(packed(4, 1, 256, 14336, arch), gemms)
-    assert choice.least_units > 0 or choice.variant.feature_tile < 128
-    for other in select(packed(4, 1, 256, 14336, arch), gemms, SMS[arch]):
-        if not other.least_units and other.variant.feature_tile == 128:
-            assert choice.us < other.us
+def test_fewer_tiles_than_sms_still_use_all_of_dram(gemms, arch):
+    # Two tiles of 128 features: whole ones would leave nearly all SMs without work.
+    problem = packed(4, 1, 256, 14336, arch)
+    choice = best(problem, gemms)
+    unique = measure(problem, expected_groups(problem), choice.variant).unique
+    assert choice.terms["dram"] < 1.1 * unique / dram(arch, SMS[arch]) / 1e3
+    assert choice.least_units > 0 or arch == "sm_121a"  # where 16 strips on as many SMs do
+    [turns] = select(problem, [only("fp8_ptr_array_128x16x128_swap_bf16", gemms)], SMS[arch])
+    assert turns.terms["dram"] > 1.1 * choice.terms["dram"]
 
 
-def test_enough_whole_tiles_are_not_split(gemms):
+def test_enough_work_is_not_split(gemms):
     choice = best(packed(1024, n=28672, arch="sm_120a"), gemms)
     assert choice.least_units == 0
 
@@ -289,7 +292,7 @@ def test_a_token_step_skips_columns_past_the_groups_rows(gemms):
     stepped = measure(problem, expected_groups(problem), variant)
     whole = measure(problem, expected_groups(problem), replace(variant, token_step=0))
     assert stepped.macs * 4 == whole.macs
-    assert stepped.loads == whole.loads
+    assert (stepped.weights, stepped.tokens) == (whole.weights, whole.tokens)
 
 
 def test_packed_kernels_multiply_useful_k_blocks_only(gemms):
@@ -342,6 +345,41 @@ def test_splitting_levels_the_work_and_costs_the_parts(gemms):
     assert RATES["sm_120a"].fix_up < of_small.terms["split"] < split.terms["split"]
 
 
+def test_runs_of_strips_level_the_work(gemms):
+    # A tile for each SM and one more: nine strips at most, against two tiles.
+    swapped = only("fp8_packed_128x16x128_swap", gemms)
+    turns = only("fp8_ptr_array_128x16x128_swap_bf16", gemms)
+    problem = packed(16, 1, 171 * 128, 8192)
+    whole = next(c for c in select(problem, [swapped], 170) if not c.least_units)
+    [other] = select(problem, [turns], 170)
+    assert "9 each" in whole.reason
+    assert "2 each" in other.reason
+    assert whole.terms["dram"] < other.terms["dram"]
+    # Four warps take a piece's strips in turns: pieces of five and four take as long as two full tiles.
+    even = next(c for c in select(packed(16, 1, 170 * 128, 8192), [swapped], 170) if not c.least_units)
+    assert even.terms["mma"] == pytest.approx(whole.terms["mma"] / 2)
+
+
+def test_runs_that_the_kernel_cannot_count_are_left_out(gemms):
+    variant = only("fp8_packed_128x8x128_swap", gemms)
+    plain = only("fp8_packed_128x128x128_coop", gemms)
+    huge = packed(2**24, 8, 28672, 4096)
+    assert units_upper_bound(huge, variant, 0) * 170 >= TOO_MANY_UNITS
+    assert select(huge, [variant], 170) == []
+    assert [c.least_units for c in select(huge, [plain], 170)] == [0]
+    fitting = packed(2**16, 8, 28672, 4096)
+    assert 0 in {c.least_units for c in select(fitting, [variant], 170)}
+
+
+def test_units_are_what_ctas_share_out(gemms):
+    swapped, plain = only("fp8_packed_128x16x128_swap", gemms), only("fp8_packed_64x128x128_pingpong", gemms)
+    problem = packed(8, 128, 136, 704)
+    assert units_upper_bound(problem, swapped, 0) == 8 * 9
+    assert units_upper_bound(problem, swapped, 2) == 8 * 2 * 6
+    assert units_upper_bound(problem, plain, 0) == tiles_upper_bound(problem, plain) == 8 * 2
+    assert units_upper_bound(masked(33, 1, 4, 136, 704), swapped, 0) == 4 * 3 * 9
+
+
 def test_units_of_a_split_fit_the_kernels_32_bit_counts(gemms):
     variant = only("fp8_packed_128x8x128_swap", gemms)
     rng = new_seed()
@@ -361,7 +399,7 @@ def test_units_of_a_split_fit_the_kernels_32_bit_counts(gemms):
                 assert choice.least_units < k_tiles
                 split += 1
     assert split > 50
-    assert MOST_UNITS == 2**32
+    assert TOO_MANY_UNITS == 2**32
     assert least_units(packed(2**26, 1, 2**20, 8192), variant, 170) == []
     assert least_units(packed(8, 1, 128, 128), variant, 170) == []  # one k-tile
     assert least_units(listed([(8, 128, 8192)]), only("fp8_ptr_array_128x16x128_swap_bf16", gemms), 170) == []

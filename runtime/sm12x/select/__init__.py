@@ -7,7 +7,7 @@ devices and families, `model` makes microseconds of them, `ranking` sorts.
 from __future__ import annotations
 
 from .model import Choice
-from .problem import Problem, expected_active, fits, tiles_upper_bound
+from .problem import Problem, expected_active, fits, tiles_upper_bound, units_upper_bound
 from .ranking import describe, select
 from .rates import RATES
 
@@ -20,4 +20,5 @@ __all__ = [
     "fits",
     "select",
     "tiles_upper_bound",
+    "units_upper_bound",
 ]

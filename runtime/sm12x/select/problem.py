@@ -9,6 +9,7 @@ from ..manifest import Variant
 from .rates import FAMILIES
 
 KINDS = ("packed", "masked", "list")
+STRIP = 16  # output features that runs are cut into
 MOST_SIZES = 128  # different sizes of a group that the model looks at
 
 
@@ -71,16 +72,33 @@ def fits(problem: Problem, variant: Variant) -> str | None:
     return None
 
 
+def takes_runs(variant: Variant) -> bool:
+    """Whether `variant` divides whole k-ranges into runs of feature strips, not into tiles in turns."""
+    return variant.swap_ab and FAMILIES[variant.family].runs
+
+
 def tiles_upper_bound(problem: Problem, variant: Variant) -> int:
     """Output tiles that the call can have at most, from what the host knows; exact for a list call."""
     token, feature = variant.token_tile, variant.feature_tile
     if problem.kind == "list":
         return sum(-(-m // token) * -(-n // feature) for m, n, _ in problem.shapes)
+    return _token_tiles_upper_bound(problem, token) * -(-problem.n // feature)
+
+
+def units_upper_bound(problem: Problem, variant: Variant, least_units: int) -> int:
+    """What CTAs share out among themselves, at most: k-tiles with `least_units` (split-K), else strips of
+    features for each tile of tokens, or tiles. There is no use for more CTAs than that."""
+    if least_units:
+        return tiles_upper_bound(problem, variant) * -(-problem.k // variant.tile[2])
+    if takes_runs(variant):
+        return _token_tiles_upper_bound(problem, variant.token_tile) * -(-problem.n // STRIP)
+    return tiles_upper_bound(problem, variant)
+
+
+def _token_tiles_upper_bound(problem: Problem, token: int) -> int:
     if problem.kind == "masked":
-        token_tiles = problem.groups * -(-problem.max_rows // token)
-    else:
-        token_tiles = min(problem.groups, problem.rows) + problem.rows // token
-    return token_tiles * -(-problem.n // feature)
+        return problem.groups * -(-problem.max_rows // token)
+    return min(problem.groups, problem.rows) + problem.rows // token
 
 
 def expected_active(rows: int, groups: int) -> float:

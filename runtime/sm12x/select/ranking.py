@@ -1,21 +1,21 @@
-"""The ranked list: every variant that fits, as whole tiles and with K split, best first."""
+"""The ranked list: every variant that fits, with K whole and split, best first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from ..manifest import Variant
-from .model import Choice, measure, split_k, whole_tiles
-from .problem import Problem, expected_groups, fits, tiles_upper_bound
+from .model import Choice, measure, split_k, whole_k
+from .problem import Problem, expected_groups, fits, takes_runs, units_upper_bound
 from .rates import FAMILIES
 
-MOST_UNITS = 2**32  # a kernel that splits K counts units times CTAs in 32 bits
+TOO_MANY_UNITS = 2**32  # kernels count units times CTAs in 32 bits, but for tiles in turns
 
 
 def select(problem: Problem, variants: Iterable[Variant], device_sm_count: int) -> list[Choice]:
     """Variants that fit `problem`, best first, on a device of `device_sm_count` SMs; empty where none fits.
-    A variant that can split K is there twice where that makes sense: as whole tiles, and with the best
-    `least_units`. To force a variant, give only that one.
+    A variant that can split K is there twice where that makes sense: with K whole (`least_units` 0), and
+    with the best `least_units`. To force a variant, give only that one.
 
     Raises KeyError for an architecture without rates.
     """
@@ -25,7 +25,8 @@ def select(problem: Problem, variants: Iterable[Variant], device_sm_count: int) 
         if fits(problem, variant) is not None:
             continue
         work = measure(problem, groups, variant)
-        choices.append(whole_tiles(problem, work, variant, device_sm_count))
+        if not takes_runs(variant) or can_count(problem, variant, 0, device_sm_count):
+            choices.append(whole_k(problem, work, variant, device_sm_count))
         splits = [
             split_k(problem, work, variant, device_sm_count, least)
             for least in least_units(problem, variant, device_sm_count)
@@ -41,9 +42,14 @@ def least_units(problem: Problem, variant: Variant, sms: int) -> list[int]:
     if not FAMILIES[variant.family].splits:
         return []
     k_tiles = -(-problem.k // variant.tile[2])
-    if k_tiles < 2 or tiles_upper_bound(problem, variant) * k_tiles * sms >= MOST_UNITS:
+    if k_tiles < 2 or not can_count(problem, variant, 1, sms):
         return []
     return [1 << power for power in range(k_tiles.bit_length()) if 1 << power < k_tiles]
+
+
+def can_count(problem: Problem, variant: Variant, least_units: int, sms: int) -> bool:
+    """Whether the kernel's 32-bit counts hold the units of the call times `sms` CTAs."""
+    return units_upper_bound(problem, variant, least_units) * sms < TOO_MANY_UNITS
 
 
 def describe(problem: Problem, choices: Sequence[Choice]) -> str:

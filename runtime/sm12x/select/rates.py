@@ -53,6 +53,7 @@ class Family:
     gathers       takes a row index
     weights_rows  takes row weights
     splits        can split K
+    runs          its swapped kernels take runs of feature strips, all others tiles in turns
     skips_k       does not compute the part of a k-tile that lies past K
     prepared      groups of a list call that one launch of its preparation kernel takes (a packed call needs
                   one launch); 0 where it needs none
@@ -65,6 +66,7 @@ class Family:
     gathers: bool
     weights_rows: bool
     splits: bool
+    runs: bool
     skips_k: bool
     prepared: int
     start: float
@@ -78,6 +80,7 @@ FAMILIES = {
         gathers=False,
         weights_rows=False,
         splits=False,
+        runs=False,
         skips_k=False,
         prepared=340,  # SM12X_LIST_CAPACITY
         start=2.4,
@@ -89,6 +92,7 @@ FAMILIES = {
         gathers=True,
         weights_rows=True,
         splits=True,
+        runs=True,
         skips_k=True,
         prepared=0,
         start=1.5,
