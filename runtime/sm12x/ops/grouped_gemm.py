@@ -71,7 +71,7 @@ def grouped_gemm(
       a_scale: as above, per token (E, max_m) or (E, max_m, 1). row_weight (E, max_m) or (E, max_m, 1).
         b, b_scale and bias as above.
 
-    List call (`a` and `b` are sequences, neither `offsets` nor `rows`): a[i] (M_i, K_i), b[i] (N_i, K_i), each
+    List call (`a` and `b` are sequences, no `offsets`, no `rows`): a[i] (M_i, K_i), b[i] (N_i, K_i), each
       its own shape.
       a_scale, b_scale: None, one value for all, or a sequence with, for each group, None, one value, or an
         array: (M_i,) or (M_i, 1) for a, (N_i,) or (N_i, 1) for b.
@@ -124,10 +124,22 @@ def grouped_gemm(
         refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
         return list_call(a, b, a_scale, b_scale, out, out_dtype, bias, workspace, stream, dtype, variant)
     # With everything given, as in an inference loop: a call like one before costs a look into a dictionary.
-    complete = out is not None and bias is None and stream is None
+    complete = out is not None and bias is None and stream is None and (rows is None or offsets is None)
     if complete and run_known_torch_call(
-        *(a, b, a_scale, b_scale, offsets, row_index, rows, row_weight, out, workspace),
-        *(out_dtype, dtype, variant, expected_m),
+        a,
+        b,
+        a_scale,
+        b_scale,
+        bounds,
+        row_index,
+        row_weight,
+        out,
+        workspace,
+        rows is not None,
+        out_dtype,
+        dtype,
+        variant,
+        expected_m,
     ):
         return out
     refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
@@ -216,9 +228,8 @@ def grouped_gemm(
             refuse(plan, given, target)
         elif complete and framework == "torch":
             remember_torch_call(
-                plan,
-                *(a, b, a_scale, b_scale, offsets, row_index, rows, row_weight, out, workspace),
-                *(out_dtype, dtype, variant, expected_m),
+                *(plan, a, b, a_scale, b_scale, bounds, row_index, row_weight, out, workspace),
+                *(rows is not None, out_dtype, dtype, variant, expected_m),
             )
         plan.launches.run(handle, base, *addresses, *given.scale_values())
     if plan.hand_over:
