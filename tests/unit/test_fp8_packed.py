@@ -394,7 +394,7 @@ def test_a_variant_that_does_not_exist_says_so(fake, variant, words):
 
 def test_whole_is_what_a_ptr_array_kernel_does(fake):
     sm12x.grouped_gemm(**operands(fake), variant="fp8_ptr_array_128x16x128_swap_bf16:whole")
-    assert [each.symbol for each in fake.launches][0] == PREPARE
+    assert fake.launches[0].symbol == PREPARE
 
 
 @pytest.mark.parametrize("what", ["masked", "row_index", "row_weight", "float32"])
