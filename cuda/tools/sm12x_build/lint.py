@@ -175,7 +175,7 @@ def ptx_problems(manifest: dict[str, Any], folder: Path) -> list[str]:
                 problems.append(f"{where}: the PTX is for {ptx.target_of(text)}")
             if ptx.entries(text) != [variant["symbol"]]:
                 problems.append(f"{where}: entries {ptx.entries(text)}, expected only {variant['symbol']}")
-            facts = ptx.variant_facts(text, variant["role"])
+            facts = ptx.variant_facts(text, variant["family"], variant["role"])
             problems += [
                 f"{where}: {name} is {value} in the PTX, {variant.get(name)} in the manifest"
                 for name, value in facts.items()
