@@ -82,6 +82,11 @@ def waits_on_grid(text: str) -> bool:
     return re.search(r"\bgriddepcontrol\.wait\b", text) is not None
 
 
+def launches_dependents(text: str) -> bool:
+    """Whether the PTX holds the trigger of programmatic dependent launch."""
+    return re.search(r"\bgriddepcontrol\.launch_dependents\b", text) is not None
+
+
 def static_shared_bytes(text: str) -> int:
     """Bytes of shared memory that the PTX declares by itself; dynamic shared memory is ``.extern`` and counts
     0.
