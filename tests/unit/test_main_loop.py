@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -117,21 +118,20 @@ SWAPPED = {
     "schedule": "cooperative",
     "mma_warps": 4,
     "stages": 10,
-    "token_step": 8,
 }
 
 
 def test_loops_of_a_shipped_kernel_are_told_apart() -> None:
-    """By tokens, as a tile skips some, and by k-tiles at a time."""
+    """By the part of the tile, as it skips atoms, and by k-tiles at a time."""
     loops = main_loop.shipped_loops(SWAPPED, _shipped((8, 6, 1), (4, 4, 1), (24, 18, 3)))
     assert loops == [
-        main_loop.ShippedLoop(16, False, main_loop.Mix(8.0, 6.0, 7 / 3, 3)),
-        main_loop.ShippedLoop(16, True, main_loop.Mix(8.0, 6.0, 3.0, 1)),
-        main_loop.ShippedLoop(8, False, main_loop.Mix(4.0, 4.0, 3.0, 1)),
+        main_loop.ShippedLoop(Fraction(1), False, main_loop.Mix(8.0, 6.0, 7 / 3, 3)),
+        main_loop.ShippedLoop(Fraction(1), True, main_loop.Mix(8.0, 6.0, 3.0, 1)),
+        main_loop.ShippedLoop(Fraction(1, 2), False, main_loop.Mix(4.0, 4.0, 3.0, 1)),
     ]
     assert loops[1].mix.slots_per_mma == 17 / 8
     pingpong = {**SWAPPED, "schedule": "pingpong", "mma_warps": 8}
-    assert main_loop.shipped_loops(pingpong, _shipped((8, 6, 1)))[0].tokens == 16
+    assert main_loop.shipped_loops(pingpong, _shipped((8, 6, 1)))[0].part == 1
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_shipped_loop_that_does_not_fit_the_tile_is_refused(
 
 
 def test_shipped_kernels_are_read_and_have_a_row_for_every_loop() -> None:
-    large = {**SWAPPED, "tile": [128, 128, 128], "swap_ab": False, "mma_warps": 8, "token_step": 128}
+    large = {**SWAPPED, "tile": [128, 128, 128], "swap_ab": False, "mma_warps": 8}
     kernels = {"small": _shipped((8, 6, 1), (4, 4, 1)), "large": _shipped((128, 48, 2))}
     variants = {}
     for key, variant in (("large", large), ("small", SWAPPED)):
@@ -161,14 +161,14 @@ def test_shipped_kernels_are_read_and_have_a_row_for_every_loop() -> None:
         variants[key] = {**variant, "family": "fp8_packed", "role": "gemm", "targets": targets}
     manifest = {"variants": {**variants, "other": {"family": "fp8_ptr_array", "role": "gemm"}}}
     rows = main_loop.read_shipped(manifest, kernels.__getitem__)
-    assert [(variant["tile"], registers, loop.tokens) for variant, registers, loop in rows] == [
-        ([128, 16, 64], 168, 16),
-        ([128, 16, 64], 168, 8),
-        ([128, 128, 128], 168, 128),
+    assert [(variant["tile"], registers, loop.part) for variant, registers, loop in rows] == [
+        ([128, 16, 64], 168, 1),
+        ([128, 16, 64], 168, Fraction(1, 2)),
+        ([128, 128, 128], 168, 1),
     ]
     text = main_loop.shipped_table(rows, {"ptxas_cu13": "13"})
-    assert "| 128x16x64 swapped | Cooperative | 8 | 1 | 4 | 4 | 3 | 2.75 | 10 | 168 |\n" in text
-    assert "| 128x128x128 | Cooperative | 128 | 2 | 64 | 24 | 2.5 | 1.414 | 10 | 168 |\n" in text
+    assert "| 128x16x64 swapped | Cooperative | 1/2 | 1 | 4 | 4 | 3 | 2.75 | 10 | 168 |\n" in text
+    assert "| 128x128x128 | Cooperative | 1 | 2 | 64 | 24 | 2.5 | 1.414 | 10 | 168 |\n" in text
     with pytest.raises(BuildError, match="no GEMM kernel of the family fp8_packed"):
         main_loop.read_shipped({"variants": {}}, kernels.__getitem__)
 

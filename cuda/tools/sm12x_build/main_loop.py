@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from . import BuildError
@@ -35,11 +36,11 @@ class Mix:
 
 @dataclass(frozen=True)
 class ShippedLoop:
-    """A main loop of a shipped kernel: of ``tokens`` of its tile (fewer than the tile's where it skips some).
-    ``step``: it serves single k-tiles, and another loop of the kernel more of them at a time.
+    """A main loop of a shipped kernel, for a ``part`` of its tile: 1, or less where it skips atoms that hold
+    nothing. ``step``: another loop for the same part takes more k-tiles at a time.
     """
 
-    tokens: int
+    part: Fraction
     step: bool
     mix: Mix
 
@@ -117,37 +118,6 @@ def _mix(loop: Sequence[Instruction], k_tiles: int) -> Mix:
     return Mix(mma / k_tiles, ldsm / k_tiles, (len(loop) - mma - ldsm) / k_tiles, k_tiles)
 
 
-def shipped_loops(variant: Mapping[str, Any], kernel: Kernel) -> list[ShippedLoop]:
-    """The main loops of a shipped GEMM kernel for SM12x with its manifest entry ``variant``: full tiles
-    first, then most k-tiles at a time.
-
-    Every MMA warp releases each k-tile's stage once, which tells how many k-tiles an iteration takes. Raises
-    BuildError where there is no loop, or one whose MMAs are no whole number of token steps.
-    """
-    m, n, k = variant["tile"]
-    token_tile = n if variant["swap_ab"] else m
-    token_step = variant.get("token_step", token_tile)
-    groups = 2 if variant["schedule"] == "pingpong" else 1
-    full = (m // _MMA_M) * (n // _MMA_N) * (k // _MMA_K) * groups / variant["mma_warps"]
-    found: list[tuple[int, Mix]] = []
-    for loop in innermost_mma_loops(kernel):
-        mma = sum(instruction.is_mma for instruction in loop)
-        k_tiles = sum(instruction.opcode.startswith("SYNCS.ARRIVE") for instruction in loop)
-        tokens = token_tile * mma / full / k_tiles if k_tiles else 0.0
-        if not 0 < tokens <= token_tile or tokens % token_step:
-            raise BuildError(
-                f"{kernel.name}: {mma} MMAs and {k_tiles} k-tiles a loop, {full:g} MMAs a k-tile"
-            )
-        found.append((int(tokens), _mix(loop, k_tiles)))
-    if not found or max(tokens for tokens, _ in found) < token_tile:
-        raise BuildError(f"{kernel.name}: no main loop for a full tile")
-    most: dict[int, int] = {}
-    for tokens, mix in found:
-        most[tokens] = max(most.get(tokens, 0), mix.k_tiles_per_iteration)
-    loops = [ShippedLoop(tokens, mix.k_tiles_per_iteration < most[tokens], mix) for tokens, mix in found]
-    return sorted(loops, key=lambda each: (-each.tokens, -each.mix.k_tiles_per_iteration))
-
-
 def table(rows: Sequence[tuple[Entry, tuple[Mix, dict[str, Any]]]], tools: Mapping[str, str]) -> str:
     """The table in Markdown: one row per program, unit-scale and plain below each other."""
     lines = [
@@ -167,6 +137,32 @@ def table(rows: Sequence[tuple[Entry, tuple[Mix, dict[str, Any]]]], tools: Mappi
         registers = facts["O3"]["registers"]
         lines.append(f"| {tile} | {schedule} | {opcodes} | {numbers} | {facts['stages']} | {registers} |")
     return "\n".join(lines) + "\n"
+
+
+def shipped_loops(variant: Mapping[str, Any], kernel: Kernel) -> list[ShippedLoop]:
+    """The main loops of a shipped GEMM kernel for SM12x with its manifest entry ``variant``: full tiles
+    first, then most k-tiles at a time.
+
+    Every MMA warp releases each k-tile's stage once, which tells how many k-tiles an iteration takes. Raises
+    BuildError where there is no loop for the whole tile, or one that does not fit it.
+    """
+    m, n, k = variant["tile"]
+    groups = 2 if variant["schedule"] == "pingpong" else 1
+    full = Fraction((m // _MMA_M) * (n // _MMA_N) * (k // _MMA_K) * groups, variant["mma_warps"])
+    found: list[tuple[Fraction, Mix]] = []
+    for loop in innermost_mma_loops(kernel):
+        mma = sum(instruction.is_mma for instruction in loop)
+        k_tiles = sum(instruction.opcode.startswith("SYNCS.ARRIVE") for instruction in loop)
+        if not k_tiles or mma % (k_tiles * (k // _MMA_K)) or mma > k_tiles * full:
+            raise BuildError(f"{kernel.name}: {mma} MMAs and {k_tiles} k-tiles a loop, {full} MMAs a k-tile")
+        found.append((Fraction(mma, k_tiles) / full, _mix(loop, k_tiles)))
+    most: dict[Fraction, int] = {}
+    for part, mix in found:
+        most[part] = max(most.get(part, 0), mix.k_tiles_per_iteration)
+    if Fraction(1) not in most:
+        raise BuildError(f"{kernel.name}: no main loop for a full tile")
+    loops = [ShippedLoop(part, mix.k_tiles_per_iteration < most[part], mix) for part, mix in found]
+    return sorted(loops, key=lambda each: (-each.part, -each.mix.k_tiles_per_iteration))
 
 
 def read_shipped(
@@ -204,11 +200,10 @@ def shipped_table(rows: Sequence[ShippedRow], tools: Mapping[str, str]) -> str:
     """The table of shipped kernels in Markdown: a main loop a row."""
     lines = [
         "The same of the shipped kernels of the family `fp8_packed` (`cubins/cu13`, ptxas "
-        f"{tools['ptxas_cu13']} -O2). Issue slots: of all instructions of the loop, per MMA. A loop of one "
-        "k-tile at a time beside a larger one serves what is left of a run. Written by `python "
-        "cuda/tools/main_loop.py --shipped`.",
+        f"{tools['ptxas_cu13']} -O2). Issue slots: of all instructions of the loop, per MMA. Of a tile "
+        "that is not full, some compute a part. Written by `python cuda/tools/main_loop.py --shipped`.",
         "",
-        "| tile | schedule | tokens | k-tiles at a time | MMAs | `LDSM` | other | issue slots per MMA "
+        "| tile | schedule | part | k-tiles at a time | MMAs | `LDSM` | other | issue slots per MMA "
         "| stages | registers |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -219,7 +214,7 @@ def shipped_table(rows: Sequence[ShippedRow], tools: Mapping[str, str]) -> str:
         mix = loop.mix
         numbers = " | ".join(f"{number:.4g}" for number in (mix.mma, mix.ldsm, mix.other, mix.slots_per_mma))
         lines.append(
-            f"| {tile} | {variant['schedule'].capitalize()} | {loop.tokens} | {mix.k_tiles_per_iteration} "
+            f"| {tile} | {variant['schedule'].capitalize()} | {loop.part} | {mix.k_tiles_per_iteration} "
             f"| {numbers} | {variant['stages']} | {registers} |"
         )
     return "\n".join(lines) + "\n"
