@@ -16,7 +16,9 @@ from .manifest import Variant
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One call. `kind` "packed": `rows` over `groups` experts of (n, k), nobody on the host knows how many
-    each has. `kind` "list": `shapes` holds (m, n, k) of every group, and rows, n, k are 0."""
+    each has. "masked": up to `max_rows` in each group, of which the caller expects `expected_rows` (0: does
+    not say), and rows is 0. "list": `shapes` holds (m, n, k) of every group, and rows, n, k are 0. `gathers`:
+    rows come through a row_index. `weighted`: rows of the result are multiplied by a row_weight."""
 
     kind: str
     groups: int
@@ -28,6 +30,10 @@ class Problem:
     n: int = 0
     k: int = 0
     shapes: tuple[tuple[int, int, int], ...] = ()
+    gathers: bool = False
+    weighted: bool = False
+    max_rows: int = 0
+    expected_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +62,34 @@ OVERLAP = 0.1  # the part of the shorter terms that does not hide behind the lon
 class Choice:
     """A variant and the clocks that the model expects of it. Terms: `dram` unique bytes, `l2` tile loads with
     weights re-read for every token tile, `mma` padded multiply-adds, `tiles` fixed cost; the last three over
-    whole waves."""
+    whole waves. `least_units`: 0 where CTAs take whole tiles, else split-K in runs of at least so many
+    k-tiles."""
 
     variant: Variant
     clocks: float
     terms: dict[str, float]
     reason: str
+    least_units: int = 0
 
 
 def fits(problem: Problem, variant: Variant) -> str | None:
     """None where `variant` can run `problem`, else why not."""
     if variant.role != "gemm":
         return f"is a {variant.role} kernel"
-    for side, have, want in (
-        ("a", variant.a, problem.a),
-        ("b", variant.b, problem.b),
-        ("out", variant.out, problem.out),
-    ):
+    for side, have, want in (("a", variant.a, problem.a), ("b", variant.b, problem.b)):
         if have != want:
             return f"{side} is {have}, not {want}"
+    if problem.out not in variant.outs:
+        return f"out is {' or '.join(variant.outs)}, not {problem.out}"
+    if variant.family == "fp8_packed":
+        if problem.kind == "list":
+            return "takes one array of weights, not a list of groups"
+    elif problem.kind == "masked":
+        return "does not take masked rows (rows=)"
+    elif problem.gathers:
+        return "does not gather rows (row_index)"
+    elif problem.weighted:
+        return "does not weight rows (row_weight)"
     if problem.arch not in variant.targets:
         return f"has no cubin for {problem.arch}"
     return None
@@ -90,11 +105,22 @@ def select(problem: Problem, variants: Iterable[Variant], device_sm_count: int) 
     return sorted(choices, key=lambda choice: (choice.clocks, choice.variant.key))
 
 
+def can_split(problem: Problem, variant: Variant, device_sm_count: int) -> bool:
+    """Whether split-K can run `problem`: the kernel counts units (k-tiles of all tiles) times CTAs in 32
+    bits."""
+    if variant.family != "fp8_packed":
+        return False
+    units = tiles_upper_bound(problem, variant) * -(-problem.k // variant.tile[2])
+    return units * device_sm_count < 2**32
+
+
 def tiles_upper_bound(problem: Problem, variant: Variant) -> int:
     """Output tiles that the call can have at most, from what the host knows; exact for a list call."""
     token, feature = variant.token_tile, variant.feature_tile
     if problem.kind == "list":
         return sum(-(-m // token) * -(-n // feature) for m, n, _ in problem.shapes)
+    if problem.kind == "masked":
+        return problem.groups * -(-problem.max_rows // token) * -(-problem.n // feature)
     return (min(problem.groups, problem.rows) + problem.rows // token) * -(-problem.n // feature)
 
 
@@ -104,7 +130,8 @@ def describe(problem: Problem, choices: Sequence[Choice]) -> str:
         rows = [m for m, _, _ in problem.shapes]
         what = f"list of {problem.groups} groups, {sum(rows)} rows, at most {max(rows, default=0)} in one"
     else:
-        what = f"packed M={problem.rows} E={problem.groups} N={problem.n} K={problem.k}"
+        rows_of = f"M={problem.rows}" if problem.kind == "packed" else f"max_m={problem.max_rows}"
+        what = f"{problem.kind} {rows_of} E={problem.groups} N={problem.n} K={problem.k}"
     lines = [f"sm12x select: {what}, {problem.a} x {problem.b} -> {problem.out} on {problem.arch}"]
     for rank, choice in enumerate(choices, 1):
         terms = " ".join(f"{name} {clocks:.0f}" for name, clocks in choice.terms.items())
@@ -114,6 +141,7 @@ def describe(problem: Problem, choices: Sequence[Choice]) -> str:
 
 def _estimate(problem: Problem, variant: Variant, sms: int, rates: Rates) -> Choice:
     token, feature = variant.token_tile, variant.feature_tile
+    tile_clocks = rates.tile_clocks
     if problem.kind == "list":
         shapes = [(m, n, k, -(-m // token), -(-n // feature)) for m, n, k in problem.shapes if m]
         active = float(len(shapes))
@@ -125,8 +153,12 @@ def _estimate(problem: Problem, variant: Variant, sms: int, rates: Rates) -> Cho
         padded = float(sum(-(-m // step) * step * y * feature * k for m, _, k, _, y in shapes))
         unique = float(sum(n * k + m * (k + 2 * n) for m, n, k, _, _ in shapes))
     else:
-        active = expected_active(problem.rows, problem.groups)
-        rows = float(problem.rows)
+        if problem.kind == "masked":
+            active = float(problem.groups)
+            rows = active * min(problem.max_rows, problem.expected_rows or problem.max_rows)
+        else:
+            active = expected_active(problem.rows, problem.groups)
+            rows = float(problem.rows)
         # Rows of an expert spread around their mean: half a tile more than the mean's share, at least one.
         token_tiles = active * max(1.0, rows / active / token + 0.5) if active else 0.0
         tiles = token_tiles * ceil(problem.n / feature)
@@ -141,6 +173,8 @@ def _estimate(problem: Problem, variant: Variant, sms: int, rates: Rates) -> Cho
             )
         padded = computed * ceil(problem.n / feature) * feature * problem.k
         unique = active * problem.n * problem.k + rows * (problem.k + 2 * problem.n)
+        if variant.family != "fp8_packed":
+            tile_clocks *= 3.0  # its preparation kernel and descriptors
     # SMs work in waves: the last one is as long as the others however few tiles it has.
     waves = ceil(tiles / sms) if tiles else 0
     stretch = waves * sms / tiles if tiles else 0.0
@@ -148,7 +182,7 @@ def _estimate(problem: Problem, variant: Variant, sms: int, rates: Rates) -> Cho
         "dram": unique / (rates.dram * sms),
         "l2": loads * stretch / (rates.l2 * sms),
         "mma": padded * stretch / (rates.mma * sms),
-        "tiles": waves * rates.tile_clocks,
+        "tiles": waves * tile_clocks,
     }
     longest = max(terms, key=lambda name: terms[name])
     clocks = (1.0 - OVERLAP) * terms[longest] + OVERLAP * sum(terms.values())
@@ -158,7 +192,8 @@ def _estimate(problem: Problem, variant: Variant, sms: int, rates: Rates) -> Cho
         f"tiles of {token}, "
         f"weights read {reread:.2f} times, {waves} waves on {sms} SMs"
     )
-    return Choice(variant, clocks, terms, reason)
+    splits = tiles < 2 * sms and can_split(problem, variant, sms)
+    return Choice(variant, clocks, terms, reason, 4 if splits else 0)
 
 
 def expected_active(rows: int, groups: int) -> float:

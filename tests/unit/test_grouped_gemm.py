@@ -89,7 +89,7 @@ def test_workspace_size_is_enough_for_every_variant_and_shape(fake):
             size = sm12x.workspace_size(e, device=gpu)
             assert size % 256 == 0
             for variant in manifest.default().gemms():
-                maps = launch.maps_bytes(variant, fake.gpus[gpu].sm_count)
+                maps = launch.scratch_bytes(variant, fake.gpus[gpu].sm_count)
                 assert maps + abi.group_arrays_bytes(e) <= size
     assert sm12x.workspace_size(0) > 0
     for bad in (-1, 1.5, True, "4"):

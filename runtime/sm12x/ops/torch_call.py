@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from .. import driver
-from .packed import PackedPlan, run_packed, suspicious
+from .packed import PackedPlan, suspicious
 
 MAX_CALLS = 4096
 _calls: dict[Any, PackedPlan] = {}
@@ -24,23 +24,33 @@ def _key(
     a_scale: Any,
     b_scale: Any,
     offsets: Any,
+    row_index: Any,
+    rows: Any,
+    row_weight: Any,
     out: Any,
     workspace: Any,
-    out_dtype: Any,
-    dtype: Any,
-    variant: Any,
+    options: tuple[Any, ...],
 ) -> tuple[Any, ...]:
     # is_neg: a lazily negated tensor has the metadata of a plain one, and only float32 ones can be.
-    return (
+    bounds = offsets if rows is None else rows
+    key: tuple[Any, ...] = (
         *(a.shape, a.stride(), a.dtype, a.device),
         *(b.shape, b.stride(), b.dtype, b.device),
         *(a_scale.shape, a_scale.stride(), a_scale.dtype, a_scale.device, a_scale.is_neg()),
         *(b_scale.shape, b_scale.stride(), b_scale.dtype, b_scale.device, b_scale.is_neg()),
-        *(offsets.shape, offsets.stride(), offsets.dtype, offsets.device),
+        *(bounds.shape, bounds.stride(), bounds.dtype, bounds.device),
         *(out.shape, out.stride(), out.dtype, out.device),
-        *(workspace.shape, workspace.stride(), workspace.dtype, workspace.device),
-        *(out_dtype, dtype, variant),
+        rows is None or offsets,
+        options,
     )
+    if workspace is not None:
+        key += workspace.shape, workspace.stride(), workspace.dtype, workspace.device
+    if row_index is not None:
+        key += "row_index", row_index.shape, row_index.stride(), row_index.dtype, row_index.device
+    if row_weight is not None:
+        key += "row_weight", row_weight.shape, row_weight.stride(), row_weight.dtype, row_weight.device
+        key += (row_weight.is_neg(),)
+    return key
 
 
 def run_known_torch_call(
@@ -49,41 +59,52 @@ def run_known_torch_call(
     a_scale: Any,
     b_scale: Any,
     offsets: Any,
+    row_index: Any,
+    rows: Any,
+    row_weight: Any,
     out: Any,
     workspace: Any,
-    out_dtype: Any,
-    dtype: Any,
-    variant: Any,
+    *options: Any,
 ) -> bool:
     """Launch the call and return True where one like it was remembered; else, or where an address needs a
     closer look, return False with nothing done. Runs on torch's current stream of the plan's device.
     """
     known = _tensor_types
+    bounds = offsets if rows is None else rows
     if not (
         type(a) in known
         and type(b) in known
         and type(a_scale) in known
         and type(b_scale) in known
-        and type(offsets) in known
+        and type(bounds) in known
         and type(out) in known
-        and type(workspace) in known
+        and (workspace is None or type(workspace) in known)
+        and (row_index is None or type(row_index) in known)
+        and (row_weight is None or type(row_weight) in known)
     ):
         return False
     try:
-        plan = _calls.get(_key(a, b, a_scale, b_scale, offsets, out, workspace, out_dtype, dtype, variant))
+        plan = _calls.get(
+            _key(a, b, a_scale, b_scale, offsets, row_index, rows, row_weight, out, workspace, options)
+        )
         if plan is None:
             return False
-        p, q, d, bounds = a.data_ptr(), b.data_ptr(), out.data_ptr(), offsets.data_ptr()
-        x, w, start = a_scale.data_ptr(), b_scale.data_ptr(), workspace.data_ptr()
+        start = 0 if workspace is None else workspace.data_ptr()
+        addresses = (
+            *(a.data_ptr(), b.data_ptr(), out.data_ptr(), bounds.data_ptr()),
+            0 if row_index is None else row_index.data_ptr(),
+            *(a_scale.data_ptr(), b_scale.data_ptr(), 0),
+            0 if row_weight is None else row_weight.data_ptr(),
+        )
     except (TypeError, RuntimeError):  # not hashable, no strides, no memory: the long way says which
         return False
-    kernels = plan.kernels
-    assert kernels is not None  # what `remember_torch_call` takes
+    launches = plan.launches
+    assert launches is not None  # what `remember_torch_call` takes
     base = (start + 255) & -256
-    if suspicious(plan, kernels, p, q, d, bounds, x, w, 0, start, base):
+    if suspicious(plan, *addresses, start, base):
         return False
     stream = sys.modules["torch"]._C._cuda_getCurrentRawStream(plan.device)
-    run_packed(kernels, stream, p, q, d, bounds, x, w, 0, 1.0, 1.0, base)
+    launches.run(stream, base, *addresses, 1.0, 1.0)
     return True
 
 
@@ -94,21 +115,23 @@ def remember_torch_call(
     a_scale: Any,
     b_scale: Any,
     offsets: Any,
+    row_index: Any,
+    rows: Any,
+    row_weight: Any,
     out: Any,
     workspace: Any,
-    out_dtype: Any,
-    dtype: Any,
-    variant: Any,
+    *options: Any,
 ) -> None:
     """Keep the plan of a call that was just checked in full, where all arrays are tensors (or parameters)."""
     torch = sys.modules["torch"]
-    arguments = (a, b, a_scale, b_scale, offsets, out, workspace)
-    if plan.kernels is None or not all(isinstance(each, torch.Tensor) for each in arguments):
+    arguments = [a, b, a_scale, b_scale, offsets if rows is None else rows, out]
+    arguments += [each for each in (row_index, row_weight, workspace) if each is not None]
+    if plan.launches is None or not all(isinstance(each, torch.Tensor) for each in arguments):
         return
     if not hasattr(torch._C, "_cuda_getCurrentRawStream"):
         return  # a torch without it: its public way to the stream costs more than this saves
     try:
-        key = _key(a, b, a_scale, b_scale, offsets, out, workspace, out_dtype, dtype, variant)
+        key = _key(a, b, a_scale, b_scale, offsets, row_index, rows, row_weight, out, workspace, options)
         hash(key)
     except (TypeError, AttributeError):  # not hashable, or a stand-in for a tensor without these attributes
         return
