@@ -17,7 +17,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {result['date']}, {result['commit']}: the shipped `sm_120a` PTX in the "
         "emulator, no GPU. Counted: small calls, whose results were compared with float64. Derived from them "
         "by counting tiles: everything on models' shapes. Nothing was measured on an SM12x device. A floor "
-        "is the longest of DRAM, tensor cores and issue slots, each busy without a pause: a bound, no forecast.",
+        "is the longest of DRAM, tensor cores and issue slots, each busy without a pause: a bound, and no "
+        "forecast.",
         _rates(result),
         "## Counted",
         "Conflicts: in all calls. The rest: of full tiles. For an MMA's four clocks an SM has four "
