@@ -194,7 +194,7 @@ def make_launch(operands: Operands, choice: Choice, a: int, b: int) -> PackedLau
     problem, device, variant = operands.problem, operands.device, choice.variant
     masked, gathers = problem.kind == "masked", operands.wide_row_index is not None
     splits = choice.least_units > 0
-    ctas = device.sm_count if splits else launch.grid_size(problem, variant, device)
+    ctas = launch.grid_size(problem, choice, device)
     params = _Params(
         rows=operands.rows,
         a_rows=operands.a_rows,

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from .. import abi, driver, manifest
+from ..select import Choice
 from ..tensor_maps import get_tensor_maps
 from . import launch, validate
 from .operands import Operands
@@ -159,10 +160,10 @@ class PtrArrayLaunch:
         raise launch.bad_offsets(faults or [f"status {status}"], self.shapes)
 
 
-def make_launch(operands: Operands, variant: manifest.Variant, address: int) -> PtrArrayLaunch:
+def make_launch(operands: Operands, choice: Choice, address: int) -> PtrArrayLaunch:
     """The launches of a packed call; `address` is any on the device. Raises CubinError and CudaError."""
-    problem, device = operands.problem, operands.device
-    ctas = launch.grid_size(problem, variant, device)
+    problem, device, variant = operands.problem, operands.device, choice.variant
+    ctas = launch.grid_size(problem, choice, device)
     bias = operands.bias
     params = abi.sm12x_prepare_packed_params(
         rows=operands.rows,

@@ -41,7 +41,8 @@ def grouped_gemm(
 ) -> Any:
     """Grouped GEMM in FP8: one matrix product per expert (group), scaled, in one call.
 
-    ``D_e[m, n] = cast(a_scale * b_scale * sum_k a[m, k] * b[e, n, k] + bias[e, n])``, in float32.
+    ``D_e[m, n] = cast((a_scale * b_scale * sum_k a[m, k] * b[e, n, k] + bias[e, n]) * row_weight[m])``, in
+    float32 until the cast.
 
     Packed call (`offsets` given); E at most 1024, K a multiple of 16, N a multiple of 8:
       a (M, K): rows of all experts behind each other. b (E, N, K). Both float8_e4m3fn (NumPy: or
@@ -50,30 +51,43 @@ def grouped_gemm(
         not checked on the host; the kernel clamps them to [0, M] and to never decrease. With SM12X_CHECK=1 in
         the environment at the first call, bad ones raise ValueError and `out` is not written (each call then
         waits for the GPU; with M = 0 nothing runs and nothing is looked at).
-      a_scale: None (1.0), one value (float or one-element array), per token (M,) or (M, 1), or per expert
-        (E, 1, 1). One axis of more than one element is per token, also where M = E.
+      row_index (M,) int32 or int64, on the device, or None: row r of the call takes row row_index[r] of `a`,
+        which is then (T, K) with any T: no permuted copy of tokens is needed. An index outside 0 to T - 1
+        reads zeros, so that its row of `out` is the bias.
+      a_scale: None (1.0), one value (float or one-element array), per token, that is per row of `a`, (M,) or
+        (M, 1), or per expert (E, 1, 1). One axis of more than one element is per token, also where M = E.
       b_scale: None, one value, per expert (E,) or (E, 1), or per output feature (E, N) or (E, N, 1).
         Scales multiply (dequantise). Arrays are float32 on the device.
       bias (E, N) float32, bfloat16 or float16, or None.
+      row_weight (M,) or (M, 1) float32 (a router's weights), or None (1.0).
       out (M, N) of `out_dtype`, row stride a multiple of 16 bytes. Rows outside offsets[0] to offsets[E] are
         not written. None: a new array of a's framework, in which those rows are uninitialised.
 
-    List call (`a` and `b` are sequences, no `offsets`): a[i] (M_i, K_i), b[i] (N_i, K_i), each its own shape.
+    Masked call (`rows` given instead of `offsets`; no row_index):
+      a (E, max_m, K), out (E, max_m, N): each expert has rows of its own, any row and expert strides that are
+        multiples of 16 bytes. rows (E,) int32 or int64, on the device: expert e has its first rows[e] rows,
+        clamped to [0, max_m] (SM12X_CHECK=1: refused); rows of `out` beyond them are not written.
+      expected_m: int, how many rows an expert is expected to have, a hint for choosing the kernel; or None.
+      a_scale: as above, per token (E, max_m) or (E, max_m, 1). row_weight (E, max_m) or (E, max_m, 1).
+        b, b_scale and bias as above.
+
+    List call (`a` and `b` are sequences, no `offsets`, no `rows`): a[i] (M_i, K_i), b[i] (N_i, K_i), each
+      its own shape.
       a_scale, b_scale: None, one value for all, or a sequence with, for each group, None, one value, or an
         array: (M_i,) or (M_i, 1) for a, (N_i,) or (N_i, 1) for b.
       bias: None or a sequence of (N_i,) arrays, all of one dtype, or None. out: None or a sequence.
 
-    out_dtype: "bfloat16" or "float16" (NumPy: or "float32"); must be that of `out`.
+    out_dtype: "bfloat16", "float16" or "float32" (a list call on a GPU: not float32); must be that of `out`.
     workspace: contiguous array of any dtype, `workspace_size(E)` bytes on the device, never shared between
-      streams. None: allocated and freed in stream order. With `out` and `workspace` given, a packed call
-      allocates nothing.
+      streams. None: what is needed is allocated and freed in stream order. With `out` and `workspace` given,
+      a packed or masked call allocates nothing (but, once for each new workspace, a few KB of counters).
     stream: integer handle, or an object with __cuda_stream__, cuda_stream, ptr or value. None: the current
       stream of the framework of `out`, or of `a` where there is none. Nothing waits for the GPU. Calls can be
       captured in CUDA graphs; make one of the same shapes before, because the first loads the kernels. On a
       stream that is not the framework's current one, keep the arrays alive until the work is done.
     dtype: FP8 type of uint8 operands, or a pair (for a, for b).
-    variant: key of the kernel to use (`python -m sm12x kernels`). None: the best for the shape
-      (SM12X_LOG=select prints why).
+    variant: key of the kernel to use (`python -m sm12x kernels`); ":split" behind it has several CTAs share
+      out the K of a tile, ":whole" never. None: the best for the shape (SM12X_LOG=select prints why).
     backend: "auto": torch, CuPy, JAX and other DLPack arrays run on the GPU they lie on, NumPy arrays on the
       CPU, in `sm12x.reference`; workspace, stream and variant are then refused. "emulator": NumPy arrays and
       others in host memory run the GPU's kernels in `sm12x.emulator`, which needs no GPU; slowly; stream is
@@ -110,10 +124,22 @@ def grouped_gemm(
         refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
         return list_call(a, b, a_scale, b_scale, out, out_dtype, bias, workspace, stream, dtype, variant)
     # With everything given, as in an inference loop: a call like one before costs a look into a dictionary.
-    complete = out is not None and bias is None and stream is None
+    complete = out is not None and bias is None and stream is None and (rows is None or offsets is None)
     if complete and run_known_torch_call(
-        *(a, b, a_scale, b_scale, offsets, row_index, rows, row_weight, out, workspace),
-        *(out_dtype, dtype, variant, expected_m),
+        a,
+        b,
+        a_scale,
+        b_scale,
+        bounds,
+        row_index,
+        row_weight,
+        out,
+        workspace,
+        rows is not None,
+        out_dtype,
+        dtype,
+        variant,
+        expected_m,
     ):
         return out
     refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
@@ -202,9 +228,8 @@ def grouped_gemm(
             refuse(plan, given, target)
         elif complete and framework == "torch":
             remember_torch_call(
-                plan,
-                *(a, b, a_scale, b_scale, offsets, row_index, rows, row_weight, out, workspace),
-                *(out_dtype, dtype, variant, expected_m),
+                *(plan, a, b, a_scale, b_scale, bounds, row_index, row_weight, out, workspace),
+                *(rows is not None, out_dtype, dtype, variant, expected_m),
             )
         plan.launches.run(handle, base, *addresses, *given.scale_values())
     if plan.hand_over:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import abi, driver, manifest
 from ..arrays import Array
-from ..select import Problem
+from ..select import Choice, Problem
 from ..tensors import allocate_like, current_stream, deliver, framework_of, ingest
 from . import fp8_ptr_array, launch, validate
 from .arguments import device_of, is_sequence, numpy_backend, scale
@@ -149,7 +149,7 @@ def list_call(
         opened.arch,
         shapes=tuple((group.a.rows, group.b.rows, group.a.length) for group in busy),
     )
-    chosen = launch.choose(problem, variant, opened).variant
+    chosen = launch.choose(problem, variant, opened)
     if given is None:
         outs = [
             allocate_like(framework, (group.a.rows, group.b.rows), kind_out, device, handle)
@@ -272,7 +272,7 @@ def _address(value: Scale | None) -> int:
 
 def _run(
     problem: Problem,
-    variant: manifest.Variant,
+    choice: Choice,
     device: driver.Device,
     targets: Sequence[tuple[Group, Array, Matrix]],
     scratch: Array | None,
@@ -280,7 +280,8 @@ def _run(
     stream: int,
 ) -> None:
     count = len(targets)
-    ctas = launch.grid_size(problem, variant, device)
+    variant = choice.variant
+    ctas = launch.grid_size(problem, choice, device)
     maps = launch.scratch_bytes(variant, ctas)
     needed = maps + abi.group_arrays_bytes(count)
     base = 0

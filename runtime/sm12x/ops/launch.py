@@ -15,13 +15,14 @@ from typing import Any
 
 from .. import abi, driver, manifest
 from ..errors import CudaError
-from ..select import Choice, Problem, can_split, describe, fits, select, tiles_upper_bound
+from ..select import Choice, Problem, describe, fits, select, units_upper_bound
+from ..select.ranking import can_count
+from ..select.rates import FAMILIES
 from ..tensor_maps import ALIGNMENT
 from . import emulated
 
 # What SM12X_CHECK=1 says of offsets.
 DECREASE, OUT_OF_RANGE = "some that decrease", "some below 0 or above M"
-FORCED_LEAST_UNITS = 4  # of "KEY:split" where `select` would not split
 LOG_SELECT = "select" in os.environ.get("SM12X_LOG", "").split(",")
 CHECK = os.environ.get("SM12X_CHECK", "") not in ("", "0")
 
@@ -98,31 +99,32 @@ def _forced(
     if not isinstance(forced, str):
         raise TypeError(f"variant: expected the key of a variant, got {type(forced).__name__}")
     key, colon, mode = forced.partition(":")
-    ranked = [choice for choice in choices if choice.variant.key == key]
-    if not ranked:
+    variant = next((v for v in fitting if v.key == key), None)
+    if variant is None:
         known = manifest.default().variants.get(key)
         why = "there is none of that name" if known is None else f"it {fits(problem, known)}"
         keys = ", ".join(v.key for v in fitting)
         raise ValueError(f"variant: expected one of {keys} for this call, got {forced!r}: {why}")
-    if not colon:
-        return ranked[0]
-    if mode not in ("split", "whole"):
+    if colon and mode not in ("split", "whole"):
         raise ValueError(f"variant: expected split or whole behind the key, got {forced!r}")
-    splits = mode == "split"
-    if splits and not can_split(problem, ranked[0].variant, device.sm_count):
-        raise ValueError(
-            f"variant: expected a kernel and a problem that split-K takes (family fp8_packed, k-tiles times "
-            f"SMs below 2**32), got {forced!r}"
-        )
-    return next(
-        (choice for choice in ranked if (choice.least_units > 0) == splits),
-        replace(ranked[0], least_units=FORCED_LEAST_UNITS if splits else 0),
+    ranked = [choice for choice in choices if choice.variant is variant]
+    for choice in ranked:
+        if not colon or (choice.least_units > 0) == (mode == "split"):
+            return choice
+    if ranked and mode == "split" and FAMILIES[variant.family].splits:
+        if can_count(problem, variant, 1, device.sm_count):
+            return replace(ranked[0], least_units=1)  # one k-tile: there is nothing to split, but it runs
+    elif ranked and mode == "split":
+        raise ValueError(f"variant: expected a kernel that splits K, got {forced!r}")
+    raise ValueError(
+        f"variant: expected a kernel whose 32-bit counts hold this call's units times "
+        f"{device.sm_count} SMs, got {forced!r}"
     )
 
 
-def grid_size(problem: Problem, variant: manifest.Variant, device: driver.Device) -> int:
-    """CTAs of a GEMM that takes whole tiles: one for each SM, or for each tile where that is fewer."""
-    return max(1, min(device.sm_count, tiles_upper_bound(problem, variant)))
+def grid_size(problem: Problem, choice: Choice, device: driver.Device) -> int:
+    """CTAs of a GEMM: one for each SM, or for each unit of work where those are fewer."""
+    return max(1, min(device.sm_count, units_upper_bound(problem, choice.variant, choice.least_units)))
 
 
 def scratch_bytes(variant: manifest.Variant, ctas: int) -> int:

@@ -67,7 +67,7 @@ def plan_packed(given: Given, out_dtype: Any, dtype: Any, expected_m: Any, varia
         if choice.variant.family == "fp8_packed":
             made = fp8_packed.make_launch(operands, choice, given.a.ptr, given.b.ptr)
         else:
-            made = fp8_ptr_array.make_launch(operands, choice.variant, given.b.ptr)
+            made = fp8_ptr_array.make_launch(operands, choice, given.b.ptr)
     needed = 0 if made is None else made.needed
     if needed and operands.workspace_bytes is not None:
         workspace_base(0, operands.workspace_bytes, needed)  # an empty one has no address to check
