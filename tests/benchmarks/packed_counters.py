@@ -147,9 +147,9 @@ def floors(variant: Variant, issue: Issue, calls: list[Call], gpu: Gpu) -> dict[
     binds = [each.binds for each in found]
     return {
         "variant": variant.key,
-        **terms,
+        **{name: round(value, 3) for name, value in terms.items()},
         "asked_of_l2": float(np.mean([tma_load_bytes(variant, call) for call in calls])),
-        "plain_floor_us": float(np.mean(plain)),
+        "plain_floor_us": round(float(np.mean(plain)), 3),
         "binds": max(set(binds), key=binds.count),
     }
 
@@ -179,7 +179,7 @@ def own_terms(calls: list[Call], gpu: Gpu) -> dict[str, Any]:
 
 def row_of(name: str, calls: list[Call], variants: dict[str, Variant], issues: dict[str, Issue]) -> Any:
     """Floors of a problem on each device: the best variant of either family, the packed one that would be
-    the best with the plain MMA, and every packed one.
+    the best with the plain MMA, and all of them by their keys.
     """
     active = float(np.mean([call.active for call in calls]))
     row: dict[str, Any] = {
@@ -203,7 +203,10 @@ def row_of(name: str, calls: list[Call], variants: dict[str, Variant], issues: d
             PACKED: best(found[PACKED]),
             PTR_ARRAY: best(found[PTR_ARRAY]),
             "plain": min(found[PACKED], key=lambda each: each["plain_floor_us"]),
-            "variants": {each["variant"]: each for each in found[PACKED]},
+            "all": {
+                each["variant"]: round(each["floor_us"], 3) for family in found.values() for each in family
+            },
+            "all_plain": {each["variant"]: round(each["plain_floor_us"], 3) for each in found[PACKED]},
         }
     return row
 

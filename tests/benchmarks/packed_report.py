@@ -29,7 +29,7 @@ def markdown(result: dict[str, Any]) -> str:
         _useful(result),
         "## Floors by rows of an expert",
         f"Derived: {even['model']} {even['gemm']}, all {even['experts']} experts with so many rows each, "
-        "microseconds; behind a slash that of a plain-MMA build of the same tile, where it is another.",
+        "microseconds; behind a slash that of a plain-MMA build of a packed tile, where it is another.",
         *(_even(result, device) for device in NAMES),
         "## Floors of the models' shapes",
         "Derived: means over random routings of T tokens, microseconds. Bound: which of the problem's own "
@@ -107,19 +107,19 @@ def _rows(count: object) -> str:
     return f"{count} row{'' if str(count) == '1' else 's'}"
 
 
-def _with_plain(each: dict[str, Any]) -> str:
-    floor, plain = _us(each["floor_us"]), _us(each["plain_floor_us"])
-    return floor if floor == plain else f"{floor} / {plain}"
-
-
 def _even(result: dict[str, Any], device: str) -> str:
     even = result["even_rows"]
-    rows = [
-        [f"`{key}`", *(_with_plain(row[device]["variants"][key]) for row in even)]
-        for key in even[0][device]["variants"]
-    ]
-    rows.append(["best of `fp8_ptr_array`", *(_with_plain(row[device]["fp8_ptr_array"]) for row in even)])
+    rows = []
+    for key in even[0][device]["all"]:
+        plain = [row[device]["all_plain"].get(key) for row in even]
+        floors = [row[device]["all"][key] for row in even]
+        rows.append([f"`{key}`", *map(_with_plain, floors, plain)])
     return f"{NAMES[device]}\n\n" + _table(["kernel", *(_rows(row["name"]) for row in even)], rows)
+
+
+def _with_plain(floor: float, plain: float | None) -> str:
+    same = plain is None or _us(plain) == _us(floor)
+    return _us(floor) if same else f"{_us(floor)} / {_us(plain or 0.0)}"
 
 
 def _shapes(result: dict[str, Any], device: str) -> str:
