@@ -36,14 +36,15 @@ using Gemm = sm12x::kernel::PackedGemm<sm12x::kernel::PackedConfig<
 // -------------------------------------------------------------------------------------------------
 
 extern "C" {
-extern __device__ const unsigned sm12x_variant_info[16];
-__device__ const unsigned sm12x_variant_info[16] = {
+extern __device__ const unsigned sm12x_variant_info[17];
+__device__ const unsigned sm12x_variant_info[17] = {
     Gemm::kThreads,
     Gemm::kSharedBytes,
     Gemm::kStages,
     0u,  // the CTAs lie along x
     Gemm::Split::kBytesPerCta,
-    Gemm::kMmaWarps,
+    Gemm::kGroupWarps,
+    Gemm::kWeightMaps,
     // clang-format off
     3u, Gemm::kTileK, Gemm::kTokens, Gemm::kTileK, 1u,    // a
     3u, Gemm::kTileK, Gemm::kBoxFeatures, Gemm::kTileK, 1u,  // b
@@ -55,7 +56,7 @@ __device__ const unsigned sm12x_variant_info[16] = {
 // Body
 // -------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(Gemm::kThreads, 1)
+extern "C" __global__ void __launch_bounds__(Gemm::kThreads, SM12X_MIN_CTAS)
     SM12X_SYMBOL(__grid_constant__ sm12x_packed_params const params) {
   extern __shared__ char shared_memory[];
   Gemm::body(params, *reinterpret_cast<Gemm::SharedMemory*>(shared_memory));
