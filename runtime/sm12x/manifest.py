@@ -21,7 +21,7 @@ SCHEMA = 1
 PACKAGE = Path(__file__).resolve().parent
 MAJORS = ("cu12", "cu13")
 GRID_AXES = ("x", "y")
-# Tensor maps that the params struct of a GEMM kernel begins with, in its order.
+# Tensor maps that the params struct of a GEMM kernel begins with, in its order. Of b there may be several.
 TENSOR_MAPS = {"sm12x_ptr_array_params": ("a", "b", "d"), "sm12x_packed_params": ("a", "b")}
 REINSTALL = "reinstall sm12x"
 
@@ -63,11 +63,13 @@ class Variant:
     """One kernel. `tile` is (M, N, K) of the kernel's own sides: under `swap_ab` M is features, N tokens.
 
     `threads` per CTA; `shared_memory` is dynamic, in bytes; `grid_axis` carries the CTAs; `workspace_per_cta`
-    is bytes of tensor maps, or of split-K partials in the family fp8_packed, whose `mma_warps` count what
-    they finish one by one. Preparation kernels (`role` "prepare_packed", "prepare_list") have no tile, types
-    or tensor maps. `outs`: types of D that it can write. `pdl`: launched so that it may begin before what is
-    ahead of it in the stream has ended. `token_step`: a tile computes its tokens in steps of so many and
-    skips those past the group's end; 0 means that it computes the whole tile.
+    is bytes of tensor maps, or of split-K partials in the family fp8_packed. There `mma_warps` counts the
+    warps that share a tile, each of which finishes its part of it, and `weight_maps` the tensor maps of b:
+    each has boxes of twice as many features as the one before, the first those of `tensor_maps`.
+    Preparation kernels (`role` "prepare_packed", "prepare_list") have no tile, types or tensor maps. `outs`:
+    types of D that it can write. `pdl`: launched so that it may begin before what is ahead of it in the
+    stream has ended. `token_step`: a tile computes its tokens in steps of so many and skips those past the
+    group's end; 0 means that it computes the whole tile.
     """
 
     key: str
@@ -92,6 +94,7 @@ class Variant:
     tensor_maps: Mapping[str, TensorMap] | None = None
     token_step: int = 0
     mma_warps: int = 0
+    weight_maps: int = 0
 
     @property
     def out(self) -> str:
@@ -284,6 +287,7 @@ def _variant(key: str, raw: Mapping[str, Any]) -> Variant:
         raise ValueError(f"{key}: workspace_per_cta {variant.workspace_per_cta} is not a multiple of 128")
     if not gemm:
         return variant
+    packed = variant.params == "sm12x_packed_params"
     return Variant(
         **{name: getattr(variant, name) for name in _COMMON},
         tile=_three(raw["tile"]),
@@ -296,7 +300,8 @@ def _variant(key: str, raw: Mapping[str, Any]) -> Variant:
         mma=str(raw["mma"]),
         stages=_number(raw, "stages", 1),
         tensor_maps={name: _tensor_map(raw["tensor_maps"][name]) for name in TENSOR_MAPS[variant.params]},
-        mma_warps=_number(raw, "mma_warps", 1) if variant.params == "sm12x_packed_params" else 0,
+        mma_warps=_number(raw, "mma_warps", 1) if packed else 0,
+        weight_maps=_weight_maps(raw) if packed else 0,
     )
 
 
@@ -320,6 +325,15 @@ def _number(raw: Mapping[str, Any], name: str, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
     return value
+
+
+def _weight_maps(raw: Mapping[str, Any]) -> int:
+    from .abi import SM12X_WEIGHT_MAPS  # here, not above: `import sm12x` does without
+
+    count = _number(raw, "weight_maps", 1)
+    if count > SM12X_WEIGHT_MAPS:
+        raise ValueError(f"weight_maps: expected at most {SM12X_WEIGHT_MAPS}, got {count}")
+    return count
 
 
 def _outs(raw: Mapping[str, Any]) -> tuple[str, ...]:

@@ -49,17 +49,26 @@ def _specification(variant: Variant, name: str) -> TensorMap:
 
 
 def encode_array(
-    device: Device, variant: Variant, name: str, address: int, shape: Sequence[int], strides: Sequence[int]
+    device: Device,
+    variant: Variant,
+    name: str,
+    address: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    size: int = 0,
 ) -> bytes:
     """The tensor map `name` of a variant over a whole array: 128 bytes.
 
     `shape`: elements in each dimension, innermost first, as many as the map has. `strides`: bytes between
     neighbours in each dimension but the innermost, multiples of 16. What a box has past the array is zero.
+    `size` doubles the box's second dimension so many times: maps of the weights differ in that.
     Raises CudaError where the driver refuses them.
     """
     spec = _specification(variant, name)
     rank = spec.rank
-    box = spec.box + (1,) * (rank - len(spec.box))
+    box = [*spec.box, *(1,) * (rank - len(spec.box))]
+    if size:
+        box[1] <<= size
     kind = _UINT8 if spec.element_bytes == 1 else {"float16": _FLOAT16, "bfloat16": _BFLOAT16}[variant.out]
     storage = (ctypes.c_uint64 * 24)()  # 128 bytes that begin at a multiple of 64, wherever ctypes put them
     start = -ctypes.addressof(storage) % ALIGNMENT

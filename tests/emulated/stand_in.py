@@ -75,8 +75,9 @@ class StandIn:
             self.groups += [self._listed(record) for record in params.groups[: params.count]]
         else:
             if program.struct is abi.sm12x_packed_params:
-                self.groups = one_launch_groups(params, memory)
-                self._count(params, grid, program.name, memory)
+                (variant,) = (v for v in manifest.default().variants.values() if v.symbol == program.name)
+                self.groups = one_launch_groups(params, memory, variant.weight_maps)
+                self._count(params, grid, variant, memory)
             assert params.num_groups == len(self.groups)
             for group in self.groups:
                 self._multiply(memory, group, program.name)
@@ -101,12 +102,11 @@ class StandIn:
             for link in links
         ]
 
-    def _count(self, p, grid, symbol, memory):
+    def _count(self, p, grid, variant, memory):
         """Split-K: counters are found zero and left zero, and every CTA has its partials."""
         if not p.least_units:
             assert (p.partials, p.counters) == (0, 0)
             return
-        (variant,) = (v for v in manifest.default().variants.values() if v.symbol == symbol)
         memory.read(p.partials + grid[0] * variant.workspace_per_cta - 1, 1)
         counters = memory.read(p.counters, 4 * grid[0] * variant.mma_warps)
         assert not any(counters)
@@ -189,15 +189,20 @@ OUT_TYPES = {
 }
 
 
-def one_launch_groups(p, memory):
-    """The groups of sm12x_packed_params. Operands lie where the tensor maps say."""
+def one_launch_groups(p, memory, weight_maps):
+    """The groups of sm12x_packed_params. Operands lie where the tensor maps say, of b those of the variant's
+    `weight_maps`."""
 
     def integers(address, count, wide):
         width = 8 if wide else 4
         return np.frombuffer(memory.read(address, count * width), f"<i{width}").tolist()
 
     masked = p.row_layout == abi.SM12X_ROWS_MASKED
-    weights = tensor_map.decode(bytes(p.map_b))
+    weights, *wider = (tensor_map.decode(bytes(each)) for each in p.map_b[:weight_maps])
+    for number, each in enumerate(wider, 1):
+        assert each.box == (weights.box[0], weights.box[1] << number, *weights.box[2:])
+        assert (each.address, each.dims, each.strides) == (weights.address, weights.dims, weights.strides)
+    assert all(bytes(each) == bytes(128) for each in p.map_b[weight_maps:])
     tokens = None if p.row_index else tensor_map.decode(bytes(p.map_a))
     assert weights.dims == (p.k, p.n, p.num_groups)
     assert tokens is None or tokens.dims == (p.k, p.rows, p.num_groups if masked else 1)

@@ -20,9 +20,9 @@ GEMMS = [
 OUTS = {"bf16": "bfloat16", "fp16": "float16"}
 # (key stem, tile, schedule, swap_ab, threads, shared memory, partials per CTA, MMA warps)
 PACKED = [
-    ("128x8x128_swap", (128, 8, 128), "cooperative", True, 192, 88064, 8192, 4),
+    ("128x8x128_swap", (128, 8, 128), "cooperative", True, 320, 88064, 8192, 8),
     ("128x32x128_swap", (128, 32, 128), "cooperative", True, 192, 82944, 32768, 4),
-    ("128x16x64_swap", (128, 16, 64), "cooperative", True, 192, 93184, 16384, 4),
+    ("128x16x64_swap", (128, 16, 64), "cooperative", True, 320, 93184, 16384, 8),
     ("128x128x128_coop", (128, 128, 128), "cooperative", False, 320, 99328, 131072, 8),
 ]
 PACKED_OUTS = ["bfloat16", "float16", "float32"]
@@ -115,7 +115,7 @@ def write_family(root, archs=("sm_120a", "sm_121a", "sm_90a"), majors=("cu12", "
         token, feature = (tile[1], tile[0]) if swap else (tile[0], tile[1])
         maps = {
             name: {"rank": 3, "box": [tile[2], rows], "swizzle": tile[2], "element_bytes": 1}
-            for name, rows in (("a", token), ("b", feature))
+            for name, rows in (("a", token), ("b", 8 if swap else feature))
         }
         add(
             f"fp8_packed_{stem}",
@@ -137,6 +137,7 @@ def write_family(root, archs=("sm_120a", "sm_121a", "sm_90a"), majors=("cu12", "
                 "grid_axis": "x",
                 "workspace_per_cta": workspace,
                 "mma_warps": warps,
+                "weight_maps": (feature // 8).bit_length() if swap else 1,
                 "tensor_maps": maps,
             },
         )

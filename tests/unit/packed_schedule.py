@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import ceil
 
 from sm12x.manifest import Variant
 
-STRIP = 16
+STRIP = 8
 
 
 @dataclass
 class Cta:
     """`visits`: tiles, or pieces of them, that it ends; `weights`: strips that it reads, once for every tile
-    of tokens; `rounds`: strips that its slowest warp multiplies; `k_tiles` that it takes."""
+    of tokens; `rounds`: strips that its slowest warp multiplies, two at a time; `k_tiles` that it takes."""
 
     visits: int = 0
     weights: int = 0
@@ -21,18 +23,33 @@ class Cta:
     experts: set[int] = field(default_factory=set)
 
 
+def starts_of_runs(tiles: int, strips: int, ctas: int) -> list[int]:
+    """Where the run of each CTA begins, and behind them the end: `tiles` of tokens, each of `strips`."""
+    units = tiles * strips
+    if tiles and 4 * tiles <= ctas and 16 * (ctas // tiles) * tiles >= 15 * ctas:
+        each = ctas // tiles
+        return [min(run // each * strips + run % each * strips // each, units) for run in range(ctas + 1)]
+    inverse = (2**32 - 1) // ctas + 1
+    return [min(run * units * inverse >> 32, units) for run in range(ctas + 1)]
+
+
+def pieces(strips: int, most: int) -> list[int]:
+    """The pieces that a run's part in one group comes in, at most `most` strips each."""
+    found = []
+    while strips:
+        piece = strips if strips <= most else (strips + 1) // 2 if strips < 2 * most else most
+        found.append(piece)
+        strips -= piece
+    return found
+
+
 def runs(rows: list[int], n: int, variant: Variant, ctas: int) -> list[Cta]:
     """Every CTA's work where strips of features are cut into equal runs; `rows` of each group."""
     strips, most = -(-n // STRIP), variant.feature_tile // STRIP
     tiles = [-(-m // variant.token_tile) for m in rows]
-    units = sum(tiles) * strips
-    count = max(1, min(ctas, units))
+    ends = starts_of_runs(sum(tiles), strips, ctas)
     found = []
-    for cta in range(count):
-        begin, end = cta * units // count, (cta + 1) * units // count
-        length = max(1, end - begin)
-        # Pieces of equal size, all of a CTA's laid out for the same number of strips.
-        piece = -(-length // -(-length // most))
+    for begin, end in pairwise(ends):
         work, start = Cta(), 0
         for expert, tall in enumerate(tiles):
             first = max(0, begin - start)
@@ -40,16 +57,11 @@ def runs(rows: list[int], n: int, variant: Variant, ctas: int) -> list[Cta]:
             start += tall * strips
             if first >= last or not tall:
                 continue
-            at, to = -(-first // tall), -(-last // tall)
-            while at < to:
-                left = to - at
-                pieces = -(-left // piece)
-                size = -(-left // pieces)
+            for size in pieces(-(-last // tall) - -(-first // tall), most):
                 work.visits += tall
                 work.weights += tall * size
-                work.rounds += tall * -(-size // variant.mma_warps)
+                work.rounds += tall * 2 * ceil(ceil(size / 2) / variant.mma_warps)
                 work.experts.add(expert)
-                at += size
         found.append(work)
     return found
 

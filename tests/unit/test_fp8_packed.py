@@ -8,8 +8,8 @@ import pytest
 
 import sm12x
 from sm12x import abi, counters, manifest
+from sm12x.ops import fp8_packed, launch
 from sm12x.ops import grouped_gemm as module
-from sm12x.ops import launch
 from unit.fake_driver import CONTEXT, install
 from unit.gemm_cases import PREPARE, STREAM, E, K, M, N, nothing_happened, operands
 
@@ -49,6 +49,11 @@ def address_of(tensor_map):
     return struct.unpack_from("<Q", bytes(tensor_map), 120)[0]
 
 
+def weight_addresses(p):
+    """Where the maps of b point that have ever been written."""
+    return [address_of(each) for each in p.map_b if any(bytes(each))]
+
+
 def text_of(tensor_map):
     return bytes(tensor_map)[:120].rstrip(b"\0").decode()
 
@@ -76,8 +81,11 @@ def test_a_packed_call_is_one_launch_without_a_workspace(fake):
     assert (p.out_type, p.bias_type) == (abi.SM12X_OUT_BFLOAT16, 0)
     # The maps lie over the arrays themselves: UINT8, three dimensions, swizzle and L2 promotion of 128 bytes.
     assert text_of(p.map_a) == f"0 3 [{K}, {M}, 1] [{K}, {K}] [128, 8, 1] 3 2"
-    assert text_of(p.map_b) == f"0 3 [{K}, {N}, {E}] [{K}, {N * K}] [128, 128, 1] 3 2"
-    assert (address_of(p.map_a), address_of(p.map_b)) == (args["a"].address, args["b"].address)
+    assert address_of(p.map_a) == args["a"].address
+    # Those of the weights differ in their boxes; the last one is not used.
+    for each, features in zip(p.map_b, (8, 16, 32, 64, 128), strict=False):
+        assert text_of(each) == f"0 3 [{K}, {N}, {E}] [{K}, {N * K}] [128, {features}, 1] 3 2"
+    assert weight_addresses(p) == [args["b"].address] * 5
     assert fake.allocated == fake.kept == {}
     assert fake.context == 0, "the caller's context is put back"
 
@@ -92,15 +100,52 @@ def test_the_second_call_replaces_what_changed_and_nothing_else(fake):
     assert fake.calls == ["cuCtxGetCurrent", "cuTensorMapReplaceAddress", "cuLaunchKernelEx"]
     p = fake.launches[-1].params
     assert address_of(p.map_a) == p.a == later["a"].address
-    assert address_of(p.map_b) == first["b"].address
+    assert weight_addresses(p) == [first["b"].address] * 5
     fake.calls.clear()
     again = operands(fake, a=later["a"])
     sm12x.grouped_gemm(**again, variant=WHOLE)
-    assert fake.calls == ["cuCtxGetCurrent", "cuTensorMapReplaceAddress", "cuLaunchKernelEx"]
+    # New weights: all their maps.
+    assert fake.calls == ["cuCtxGetCurrent", *["cuTensorMapReplaceAddress"] * 5, "cuLaunchKernelEx"]
     p = fake.launches[-1].params
-    assert (address_of(p.map_a), address_of(p.map_b)) == (later["a"].address, again["b"].address)
-    assert fake.calls.count("cuTensorMapEncodeTiled") == 0
+    assert address_of(p.map_a) == later["a"].address
+    assert weight_addresses(p) == [again["b"].address] * 5
     assert len(module._plans) == 1
+
+
+def test_weights_that_came_before_cost_no_driver_call(fake):
+    fake.context = CONTEXT
+    layers = [operands(fake) for _ in range(4)]
+    a = layers[0]["a"]
+    made = []
+    for layer in layers:
+        sm12x.grouped_gemm(**{**layer, "a": a}, variant=WHOLE)
+        made.append([bytes(each) for each in fake.launches[-1].params.map_b])
+    fake.calls.clear()
+    for number in (2, 0, 0, 3, 1):
+        sm12x.grouped_gemm(**{**layers[number], "a": a}, variant=WHOLE)
+        p = fake.launches[-1].params
+        assert [bytes(each) for each in p.map_b] == made[number]
+        assert weight_addresses(p) == [layers[number]["b"].address] * 5
+    assert fake.calls == ["cuCtxGetCurrent", "cuLaunchKernelEx"] * 5
+
+
+def test_the_maps_of_weights_that_are_kept_have_an_end(fake, monkeypatch):
+    monkeypatch.setattr(fp8_packed, "MOST_WEIGHTS", 3)
+    layers = [operands(fake) for _ in range(7)]
+    for layer in layers + layers[::-1]:
+        sm12x.grouped_gemm(**layer, variant=WHOLE)
+        assert weight_addresses(fake.launches[-1].params) == [layer["b"].address] * 5
+        (plan,) = module._plans.values()
+        assert 0 < len(plan.launches.weights) <= 3
+
+
+def test_maps_of_weights_that_were_written_in_part_are_not_kept(fake):
+    args = operands(fake)
+    fake.fail["cuTensorMapReplaceAddress"] = [0, 0, 0, 719]
+    with pytest.raises(sm12x.CudaError, match=r"cuTensorMapReplaceAddress failed.*719"):
+        sm12x.grouped_gemm(**args, variant=WHOLE)
+    sm12x.grouped_gemm(**args, variant=WHOLE)
+    assert weight_addresses(only_launch(fake).params) == [args["b"].address] * 5
 
 
 def test_a_stream_of_its_own_for_every_call(fake):
@@ -116,7 +161,12 @@ def test_the_attribute_of_programmatic_launch_is_the_manifests(fake, stem):
     gemm = only_launch(fake)
     assert gemm.programmatic == manifest.default().variants[f"fp8_packed_{stem}"].pdl
     k_tile = int(stem.split("_")[0].split("x")[2])
-    assert text_of(gemm.params.map_b).endswith(f"[{k_tile}, 128, 1] {3 if k_tile == 128 else 2} 2")
+    boxes = (8, 16, 32, 64, 128, None) if stem.endswith("swap") else (128, *(None,) * 5)
+    for each, features in zip(gemm.params.map_b, boxes, strict=True):
+        if features is None:
+            assert bytes(each) == bytes(128)
+        else:
+            assert text_of(each).endswith(f"[{k_tile}, {features}, 1] {3 if k_tile == 128 else 2} 2")
 
 
 @pytest.mark.parametrize(
@@ -142,8 +192,9 @@ def test_gathered_rows_have_an_index_and_no_map(fake, dtype, wide):
     assert (p.a, p.a_rows, p.rows) == (args["a"].address, T, M)
     assert p.a_scale_mode == abi.SM12X_SCALE_VECTOR
     assert bytes(p.map_a) == bytes(128)
-    assert fake.calls.count("cuTensorMapEncodeTiled") == 1
-    assert fake.calls.count("cuTensorMapReplaceAddress") == 1
+    assert weight_addresses(p) == [args["b"].address] * 5
+    assert fake.calls.count("cuTensorMapEncodeTiled") == 5
+    assert fake.calls.count("cuTensorMapReplaceAddress") == 5
 
 
 def test_gathering_out_of_no_tokens_at_all(fake):
@@ -218,7 +269,7 @@ def test_one_expert_and_one_row(fake):
     sm12x.grouped_gemm(**operands(fake, m=1, e=1), variant=WHOLE)
     sm12x.grouped_gemm(**masked(fake, e=1, most=1), variant=WHOLE)
     packed, masked_call = (each.params for each in fake.launches)
-    assert text_of(packed.map_b).startswith(f"0 3 [{K}, {N}, 1] [{K}, {N * K}]")
+    assert text_of(packed.map_b[0]).startswith(f"0 3 [{K}, {N}, 1] [{K}, {N * K}]")
     assert text_of(masked_call.map_a).startswith(f"0 3 [{K}, 1, 1] [{K}, {K}]")
 
 

@@ -54,11 +54,12 @@ def test_load_gives_every_fact_of_a_packed_variant(root):
     assert len(held.gemms("fp8_packed")) == len(PACKED)
     variant = held.variants[ONE_LAUNCH]
     assert (variant.outs, variant.out) == (("bfloat16", "float16", "float32"), "bfloat16")
-    assert (variant.params, variant.pdl, variant.mma_warps) == ("sm12x_packed_params", True, 4)
+    assert (variant.params, variant.pdl, variant.mma_warps) == ("sm12x_packed_params", True, 8)
+    assert (variant.weight_maps, held.variants[COOP].weight_maps) == (5, 0)
     assert (variant.workspace_per_cta, variant.token_tile, variant.feature_tile) == (16384, 16, 128)
     assert variant.tensor_maps == {
         "a": manifest.TensorMap(3, (64, 16), 64, 1),
-        "b": manifest.TensorMap(3, (64, 128), 64, 1),
+        "b": manifest.TensorMap(3, (64, 8), 64, 1),
     }
     assert (held.variants[COOP].outs, held.variants[COOP].mma_warps) == (("bfloat16",), 0)
     prepare = held.variants["fp8_ptr_array_prepare_list"]
@@ -70,6 +71,9 @@ def test_load_gives_every_fact_of_a_packed_variant(root):
     [
         lambda v: v.pop("mma_warps"),
         lambda v: v.update(mma_warps=0),
+        lambda v: v.pop("weight_maps"),
+        lambda v: v.update(weight_maps=0),
+        lambda v: v.update(weight_maps=7),
         lambda v: v.update(outs=[]),
         lambda v: v.pop("outs"),
         lambda v: v["tensor_maps"].pop("a"),

@@ -20,7 +20,7 @@ from sm12x.select import (
     units_upper_bound,
 )
 from sm12x.select.model import measure, of_runs, of_split
-from sm12x.select.problem import STRIP, Groups, expected_groups
+from sm12x.select.problem import Groups, expected_groups
 from sm12x.select.ranking import TOO_MANY_UNITS, least_units
 from sm12x.select.rates import DRAM, FAMILIES, dram
 from unit import packed_schedule
@@ -353,12 +353,12 @@ def test_one_sm_pulls_no_more_than_its_ceiling(gemms):
     assert turns.terms["smem"] == pytest.approx((128 + 16) * 8192 / ceiling)
     assert turns.terms["dram"] == pytest.approx((128 * 8192 + 16 * (8192 + 2 * 128)) / ceiling)
     swapped = only("fp8_packed_128x16x128_swap", gemms)
-    strip = packed(16, 1, 16, 8192)
+    strip = packed(16, 1, 8, 8192)
     choices = {c.least_units > 0: c for c in select(strip, [swapped], 170)}
-    unique = 16 * 8192 + 16 * (8192 + 2 * 16)
+    unique = 8 * 8192 + 16 * (8192 + 2 * 8)
     assert choices[False].terms["dram"] == pytest.approx(unique / ceiling)
     assert "1 strips in runs on 1 SMs, at most 1 each" in choices[False].reason
-    assert choices[False].terms["smem"] == pytest.approx((16 + 16) * 8192 / ceiling)
+    assert choices[False].terms["smem"] == pytest.approx((8 + 16) * 8192 / ceiling)
     work = measure(strip, expected_groups(strip), swapped)
     alone = of_split(strip, work, swapped, 170, 64)  # 64 k-tiles: one CTA has them all
     assert alone.reading == pytest.approx(unique / ceiling)
@@ -384,7 +384,7 @@ def test_features_are_padded_to_what_is_multiplied(gemms):
     problem = packed(16, 1, 136, 512)
     groups = expected_groups(problem)
     swapped, plain = only("fp8_packed_128x16x128_swap", gemms), only("fp8_packed_128x128x128_coop", gemms)
-    assert measure(problem, groups, swapped).macs == 16 * 144 * 512
+    assert measure(problem, groups, swapped).macs == 16 * 136 * 512
     assert measure(problem, groups, plain).macs == 128 * 256 * 512
 
 
@@ -405,9 +405,10 @@ def test_the_busiest_cta_is_that_of_the_kernels_schedule(gemms):
             rows[rng.randrange(groups)] += 1
         problem = packed(sum(rows), groups, n, k)
         work = measure(problem, [Groups(m, n, k, 1.0) for m in rows if m], variant)
-        model, true = of_runs(problem, work, variant, sms), packed_schedule.runs(rows, n, variant, sms)
+        ctas = max(1, min(sms, units_upper_bound(problem, variant, 0)))
+        model, true = of_runs(problem, work, variant, sms), packed_schedule.runs(rows, n, variant, ctas)
         assert sum(cta.weights for cta in true) == pytest.approx(work.strip_units)
-        warps = min(variant.mma_warps, variant.feature_tile // STRIP)
+        warps = variant.mma_warps
         note("share", model.share, max(cta.weights for cta in true) / work.strip_units)
         note("mma", model.mma_share, max(cta.rounds for cta in true) * warps / work.strip_units)
         tokens = sum(cta.visits for cta in true) * variant.token_tile * k
@@ -460,16 +461,16 @@ def test_splitting_levels_the_work_and_costs_the_parts(gemms):
 
 
 def test_runs_of_strips_level_the_work(gemms):
-    # A tile for each SM and one more: nine strips at most, against two tiles.
+    # A tile for each SM and one more: 17 strips at most, against two tiles of 16.
     swapped = only("fp8_packed_128x16x128_swap", gemms)
     turns = only("fp8_ptr_array_128x16x128_swap_bf16", gemms)
     problem = packed(16, 1, 171 * 128, 8192)
     whole = next(c for c in select(problem, [swapped], 170) if not c.least_units)
     [other] = select(problem, [turns], 170)
-    assert "9 each" in whole.reason
+    assert "17 each" in whole.reason
     assert "2 each" in other.reason
     assert whole.terms["dram"] < other.terms["dram"]
-    # Four warps take a piece's strips in turns: pieces of five and four take as long as two full tiles.
+    # Eight warps take a piece's strips in twos: pieces of nine and eight take as long as two full tiles.
     even = next(c for c in select(packed(16, 1, 170 * 128, 8192), [swapped], 170) if not c.least_units)
     assert even.terms["mma"] == pytest.approx(whole.terms["mma"] / 2)
 
@@ -481,17 +482,17 @@ def test_runs_that_the_kernel_cannot_count_are_left_out(gemms):
     assert units_upper_bound(huge, variant, 0) * 170 >= TOO_MANY_UNITS
     assert select(huge, [variant], 170) == []
     assert [c.least_units for c in select(huge, [plain], 170)] == [0]
-    fitting = packed(2**16, 8, 28672, 4096)
+    fitting = packed(2**15, 8, 28672, 4096)
     assert 0 in {c.least_units for c in select(fitting, [variant], 170)}
 
 
 def test_units_are_what_ctas_share_out(gemms):
     swapped, plain = only("fp8_packed_128x16x128_swap", gemms), only("fp8_packed_64x128x128_pingpong", gemms)
     problem = packed(8, 128, 136, 704)
-    assert units_upper_bound(problem, swapped, 0) == 8 * 9
+    assert units_upper_bound(problem, swapped, 0) == 8 * 17
     assert units_upper_bound(problem, swapped, 2) == 8 * 2 * 6
     assert units_upper_bound(problem, plain, 0) == tiles_upper_bound(problem, plain) == 8 * 2
-    assert units_upper_bound(masked(33, 1, 4, 136, 704), swapped, 0) == 4 * 3 * 9
+    assert units_upper_bound(masked(33, 1, 4, 136, 704), swapped, 0) == 4 * 3 * 17
 
 
 def test_units_of_a_split_fit_the_kernels_32_bit_counts(gemms):

@@ -147,8 +147,7 @@ def shipped_loops(variant: Mapping[str, Any], kernel: Kernel) -> list[ShippedLoo
     BuildError where there is no loop for the whole tile, or one that does not fit it.
     """
     m, n, k = variant["tile"]
-    groups = 2 if variant["schedule"] == "pingpong" else 1
-    full = Fraction((m // _MMA_M) * (n // _MMA_N) * (k // _MMA_K) * groups, variant["mma_warps"])
+    full = Fraction((m // _MMA_M) * (n // _MMA_N) * (k // _MMA_K), variant["mma_warps"])
     found: list[tuple[Fraction, Mix]] = []
     for loop in innermost_mma_loops(kernel):
         mma = sum(instruction.is_mma for instruction in loop)

@@ -11,9 +11,10 @@ INFO_SYMBOL = "sm12x_variant_info"
 _GRID_AXES = ("x", "y")
 _INFO_HEAD = ("threads", "shared_memory", "stages", "grid_axis", "workspace_per_cta")
 # What the GEMM kernels of a family state beyond the head: more numbers, then tensor maps.
-_GEMM_NUMBERS = {"fp8_ptr_array": (), "fp8_packed": ("mma_warps",)}
+_GEMM_NUMBERS = {"fp8_ptr_array": (), "fp8_packed": ("mma_warps", "weight_maps")}
 _GEMM_MAPS = {"fp8_ptr_array": ("a", "b", "d"), "fp8_packed": ("a", "b")}
 _MAP_NUMBERS = 5  # rank, box0, box1, swizzle, element_bytes
+_MOST_WEIGHT_MAPS = 6  # SM12X_WEIGHT_MAPS of abi.h
 _INTERNAL = re.compile(r"_INTERNAL_([0-9a-f]{8})_(\d+)_")
 _ENTRY = re.compile(r"^[ \t]*(?:\.(?:visible|weak)[ \t]+)?\.entry[ \t]+([A-Za-z_$][\w$]*)", re.MULTILINE)
 _TARGET = re.compile(r"^\.target[ \t]+(\S+)[ \t]*$", re.MULTILINE)
@@ -136,12 +137,16 @@ def variant_facts(text: str, family: str, role: str) -> dict[str, Any]:
     facts["grid_axis"] = _GRID_AXES[axis]
     if not 0 < facts.get("mma_warps", 1) <= facts["threads"] // 32:
         raise BuildError(f"{INFO_SYMBOL} makes no sense: {facts['mma_warps']} MMA warps in {words}")
+    if not 0 < facts.get("weight_maps", 1) <= _MOST_WEIGHT_MAPS:
+        raise BuildError(f"{INFO_SYMBOL} makes no sense: {facts['weight_maps']} maps of b in {words}")
     maps = {}
     for index, name in enumerate(map_names):
         start = len(numbers) + _MAP_NUMBERS * index
         rank, box0, box1, swizzle, element_bytes = words[start : start + _MAP_NUMBERS]
         if not 1 <= rank <= 5 or swizzle not in (0, 32, 64, 128) or not 0 < max(box0, box1) <= 256:
             raise BuildError(f"{INFO_SYMBOL}: the tensor map of {name} makes no sense: {words}")
+        if name == "b" and box1 << facts.get("weight_maps", 1) - 1 > 256:
+            raise BuildError(f"{INFO_SYMBOL}: {facts['weight_maps']} maps of b from {box1} features: {words}")
         maps[name] = {"rank": rank, "box": [box0, box1], "swizzle": swizzle, "element_bytes": element_bytes}
     if maps:
         facts["tensor_maps"] = maps

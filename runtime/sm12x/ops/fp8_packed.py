@@ -1,7 +1,9 @@
 """Launches of the family fp8_packed: one kernel, whose tensor maps lie over the caller's own arrays.
 
 Everything that a call changes is an address. They are written into prepared parameters, and into the tensor
-maps by the driver. Whole tiles need no workspace; split-K has its partials there, and counters of our own.
+maps by the driver. The weights have several maps, but few addresses, one for each layer of a model: what the
+driver made of an address is kept. Whole tiles need no workspace; split-K has its partials there, and counters
+of our own.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ _pack_addresses = struct.Struct("=10Q").pack_into
 _ADDRESSES_AT = _Params.a.offset
 _pack_values = struct.Struct("=2f").pack_into
 _VALUES_AT = _Params.a_scale_value.offset
+MOST_WEIGHTS = 512  # addresses of weights whose maps a launch keeps, up to 640 bytes each
 _BOUNDS = {False: "i", True: "q"}  # struct's letters
 
 
@@ -49,6 +52,7 @@ class _Slot:
         "replace_a",
         "replace_b",
         "stream",
+        "weights",
     )
 
     def __init__(self, made: PackedLaunch) -> None:
@@ -63,7 +67,11 @@ class _Slot:
         hot = made.device.driver.hot
         replace = hot.cuTensorMapReplaceAddress
         self.replace_a = partial(replace, ctypes.c_void_p(block.address + _MAP_A), self.address_a)
-        self.replace_b = partial(replace, ctypes.c_void_p(block.address + _MAP_B), self.address_b)
+        self.replace_b = [
+            partial(replace, ctypes.c_void_p(block.address + at), self.address_b)
+            for at in range(_MAP_B, _MAP_B + made.weight_bytes, BYTES)
+        ]
+        self.weights = self.memory[_MAP_B : _MAP_B + made.weight_bytes]
         at = ctypes.c_void_p(ctypes.addressof(self.config))
         function = ctypes.c_void_p(made.function)
         self.launch: Callable[[], int] = partial(hot.cuLaunchKernelEx, at, function, block.arguments, None)
@@ -75,6 +83,7 @@ class PackedLaunch:
     """A packed or masked call on a kernel of this family, without its addresses.
 
     `needed`: bytes of workspace, 0 for whole tiles. `gathers`: there is a row_index, and no map of a.
+    `weight_bytes`: of all maps of b together; `weights`: those maps by the address of b.
     `by_value`: a scale comes by value. `bounds`: how SM12X_CHECK=1 reads them back: as what struct, the most
     that one may be, and whether they are offsets.
     """
@@ -87,6 +96,8 @@ class PackedLaunch:
     needed: int
     shapes: str
     gathers: bool
+    weight_bytes: int
+    weights: dict[int, bytes]
     by_value: bool
     bounds: tuple[struct.Struct, int, bool]
     get_context: Any
@@ -155,14 +166,25 @@ class PackedLaunch:
                 raise self._error("cuTensorMapReplaceAddress", status)
             slot.a = a
         if b != slot.b:
-            slot.address_b.value = b
-            status = slot.replace_b()
-            if status:
-                raise self._error("cuTensorMapReplaceAddress", status)
+            maps = self.weights.get(b)
+            if maps is None:
+                maps = self._point_at_weights(slot, b)
+            slot.weights[:] = maps
             slot.b = b
         status = slot.launch()
         if status:
             raise self._error("cuLaunchKernelEx", status)
+
+    def _point_at_weights(self, slot: _Slot, b: int) -> bytes:
+        slot.address_b.value = b
+        for replace in slot.replace_b:
+            status = replace()
+            if status:
+                raise self._error("cuTensorMapReplaceAddress", status)
+        if len(self.weights) >= MOST_WEIGHTS:
+            self.weights.clear()
+        maps = self.weights[b] = bytes(slot.weights)
+        return maps
 
     def _error(self, call: str, status: int) -> Exception:
         return self.device.driver.error(call, status, variant=self.key, shapes=self.shapes)
@@ -222,7 +244,11 @@ def make_launch(operands: Operands, choice: Choice, a: int, b: int) -> PackedLau
         strides = (operands.a.stride, operands.a_group if masked else operands.a.stride)
         content[_MAP_A : _MAP_A + BYTES] = encode_array(device, variant, "a", a, shape, strides)
     strides = (operands.b.stride, operands.b_group)
-    content[_MAP_B : _MAP_B + BYTES] = encode_array(device, variant, "b", b, (k, n, groups), strides)
+    weights = b"".join(
+        encode_array(device, variant, "b", b, (k, n, groups), strides, size)
+        for size in range(variant.weight_maps)
+    )
+    content[_MAP_B : _MAP_B + len(weights)] = weights
     bounds = struct.Struct(f"={groups + (not masked)}{_BOUNDS[operands.wide_bounds]}")
     grid = (ctas, 1, 1) if variant.grid_axis == "x" else (1, ctas, 1)
     return PackedLaunch(
@@ -234,6 +260,8 @@ def make_launch(operands: Operands, choice: Choice, a: int, b: int) -> PackedLau
         needed=launch.scratch_bytes(variant, ctas) if splits else 0,
         shapes=operands.shapes,
         gathers=gathers,
+        weight_bytes=len(weights),
+        weights={},
         by_value=abi.SM12X_SCALE_VALUE in (operands.a_scale_mode, operands.b_scale_mode),
         bounds=(bounds, operands.rows, not masked),
         get_context=device.driver.hot.cuCtxGetCurrent,

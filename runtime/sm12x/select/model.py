@@ -17,7 +17,8 @@ dram, smem, gather and the MMA warps (mma + tiles) go on at the same time:
     us = launch + setup + split + longest + overlap * (sum of the four - longest)
 
 What the busiest CTA has depends on the schedule (sm12x/kernel/packed_scheduler.hpp). Tiles in turns: the
-tiles over the SMs, rounded up. Runs of feature strips: an equal share, up to a strip. Split-K: an equal
+tiles over the SMs, rounded up. Runs of feature strips: an equal share of all strips, or of those of one tile
+of tokens where these are few, up to a strip. Split-K: an equal
 share, up to a k-tile. The terms say what that costs; where a few SMs saturate DRAM it is little.
 """
 
@@ -28,10 +29,10 @@ from dataclasses import dataclass
 from math import ceil
 
 from ..manifest import Variant
-from .problem import STRIP, Groups, Problem, takes_runs
+from .problem import STRIP, Groups, Problem, takes_runs, units_upper_bound
 from .rates import FAMILIES, RATES, dram
 
-MMA_K = 32  # of one MMA instruction
+MMA_M, MMA_K = 16, 32  # of one MMA instruction
 OUT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -174,19 +175,27 @@ def of_turns(problem: Problem, work: Work, variant: Variant, sms: int) -> Busies
 
 def of_runs(problem: Problem, work: Work, variant: Variant, sms: int) -> Busiest:
     """The busiest CTA where strips of features of all experts are cut into equal runs."""
-    runs = max(1, min(sms, int(work.strip_units)))
+    ctas = max(1, min(sms, units_upper_bound(problem, variant, 0)))
     token_tiles = work.token_tiles / work.active
-    strips = max(1, ceil(work.strip_units / runs / token_tiles - 1e-9))
+    of_a_tile = _ctas_of_a_tile(work.token_tiles, ctas)
+    if of_a_tile:
+        runs = of_a_tile * max(1, round(work.token_tiles))
+        units = float(ceil(work.strips / work.active / of_a_tile - 1e-9))
+    else:
+        runs = max(1, min(ctas, int(work.strip_units)))
+        units = work.strip_units / runs
+    strips = max(1, ceil(units / token_tiles - 1e-9))
     share = min(1.0, strips * token_tiles / work.strip_units)
     # Runs lie one after another along the experts: as many stretches inside one expert as there are experts
-    # and cuts. Each is cut into equal pieces of at most a tile.
-    experts = min(1.0 + (work.active - 1.0) / runs, float(strips))
+    # and cuts, unless they keep to a tile of tokens.
+    experts = 1.0 if of_a_tile else min(1.0 + (work.active - 1.0) / runs, float(strips))
     stretch = ceil(strips / experts)
-    pieces = ceil(stretch / (variant.feature_tile // STRIP))
+    # Pieces of at most a tile. Of each the warps take atoms of two strips in turns.
+    most = variant.feature_tile // STRIP
+    pieces = ceil(stretch / most)
     piece = stretch / pieces
-    # The warps take a piece's strips in turns.
-    warps = min(max(1, variant.mma_warps), variant.feature_tile // STRIP)
-    uneven = ceil(piece / warps) * warps / piece
+    warps = min(max(1, variant.mma_warps), max(1, variant.feature_tile // MMA_M))
+    uneven = ceil(piece * STRIP / MMA_M / warps) * warps * (MMA_M // STRIP) / piece
     visits = experts * pieces * token_tiles
     tokens = visits * variant.token_tile * problem.k
     return Busiest(
@@ -201,6 +210,13 @@ def of_runs(problem: Problem, work: Work, variant: Variant, sms: int) -> Busiest
         all_tokens=min(runs, work.strips) * tokens,  # a run inside one strip's units has nothing
         reading=_reading(problem, work, share, sms),
     )
+
+
+def _ctas_of_a_tile(token_tiles: float, ctas: int) -> int:
+    # Where tiles of tokens are few, each gets equally many CTAs, if few stay idle; 0: runs are all equal.
+    tiles = max(1, round(token_tiles))
+    each = ctas // tiles
+    return each if 4 * tiles <= ctas and 16 * each * tiles >= 15 * ctas else 0
 
 
 def of_split(problem: Problem, work: Work, variant: Variant, sms: int, least_units: int) -> Busiest:

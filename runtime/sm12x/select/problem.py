@@ -9,7 +9,7 @@ from ..manifest import Variant
 from .rates import FAMILIES
 
 KINDS = ("packed", "masked", "list")
-STRIP = 16  # output features that runs are cut into
+STRIP = 8  # output features that runs are cut into
 MOST_SIZES = 128  # different sizes of a group that the model looks at
 
 
