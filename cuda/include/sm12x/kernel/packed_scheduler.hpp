@@ -293,6 +293,10 @@ class PackedSchedule {
 
   /// Reads the bounds and finds this CTA's share.
   __device__ void start() {
+    turn_ = blockIdx.x;
+    if (!Runs && !splits_) {
+      return;
+    }
     uint32_t const tiles = uint32_t(walker_.total());
     if (splits_) {
       units_ = tiles * ((uint32_t(params_.n) + TileFeatures - 1) / TileFeatures) * k_tiles_;
@@ -451,7 +455,7 @@ class PackedSchedule {
   uint32_t runs_ = 1;
   uint32_t unit_ = 0;  // of the run: the next one that is not yet in work
   uint32_t end_ = 0;
-  Count turn_ = blockIdx.x;
+  Count turn_;
   // Runs: the strips of the current group that are left, the piece in work, its next tile of tokens.
   uint32_t strip_ = 0;
   uint32_t strip_end_ = 0;
