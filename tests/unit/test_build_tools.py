@@ -39,7 +39,7 @@ NAMES = """.global .b8 _ZN_INTERNAL_{path}_4_t_cu_{content}36_GLOBAL__N__{path}_
 \tret;
 }}
 """
-PACKED_INFO = [320, 98384, 3, 0, 65536, 8, 3, 128, 128, 128, 1, 3, 128, 128, 128, 1]
+PACKED_INFO = [320, 98384, 3, 0, 65536, 8, 2, 3, 128, 128, 128, 1, 3, 128, 128, 128, 1]
 GEMM_INFO = [384, 98304, 5, 1, 1792, 2, 128, 128, 128, 1, 2, 128, 16, 128, 1, 2, 64, 16, 0, 2]
 
 
@@ -264,9 +264,10 @@ def test_trailing_zeros_that_the_compiler_drops_are_put_back() -> None:
     assert ptx.variant_facts(text, "fp8_ptr_array", "prepare_list")["threads"] == 1024
 
 
-def test_packed_kernels_state_their_mma_warps_and_two_maps() -> None:
+def test_packed_kernels_state_their_mma_warps_and_the_maps_of_two_operands() -> None:
     facts = ptx.variant_facts(_info_as_bytes(PACKED_INFO), "fp8_packed", "gemm")
-    assert (facts["threads"], facts["mma_warps"], facts["workspace_per_cta"]) == (320, 8, 65536)
+    assert (facts["threads"], facts["mma_warps"], facts["weight_maps"]) == (320, 8, 2)
+    assert facts["workspace_per_cta"] == 65536
     assert facts["grid_axis"] == "x"
     assert facts["tensor_maps"] == {
         "a": {"rank": 3, "box": [128, 128], "swizzle": 128, "element_bytes": 1},
@@ -279,13 +280,24 @@ def test_packed_kernels_state_their_mma_warps_and_two_maps() -> None:
     [
         ("", "fp8_ptr_array", "gemm", "found 0"),
         (_info_as_bytes([32, 1, 0, 0, 128]), "fp8_ptr_array", "gemm", "20 numbers, got 5"),
-        (_info_as_bytes(GEMM_INFO), "fp8_packed", "gemm", "16 numbers, got 20"),
+        (_info_as_bytes(GEMM_INFO), "fp8_packed", "gemm", "17 numbers, got 20"),
         (_info_as_bytes(GEMM_INFO), "fp8_other", "gemm", "family fp8_other"),
         (_info_as_bytes([32, 1, 0, 0, 100]), "fp8_ptr_array", "prepare_list", "no sense"),
         (_info_as_bytes([32, 1, 0, 2, 128]), "fp8_ptr_array", "prepare_list", "no sense"),
         (_info_as_bytes([*GEMM_INFO[:-2], 7, 2]), "fp8_ptr_array", "gemm", "tensor map of d"),
-        (_info_as_bytes([*PACKED_INFO[:5], 11, *PACKED_INFO[6:]]), "fp8_packed", "gemm", "11 MMA warps"),
-        (_info_as_bytes([*PACKED_INFO[:5], 0, *PACKED_INFO[6:]]), "fp8_packed", "gemm", "0 MMA warps"),
+        (
+            _info_as_bytes([*PACKED_INFO[:5], 11, *PACKED_INFO[6:]]),
+            "fp8_packed",
+            "gemm",
+            "no sense: MMA warps",
+        ),
+        (
+            _info_as_bytes([*PACKED_INFO[:5], 0, *PACKED_INFO[6:]]),
+            "fp8_packed",
+            "gemm",
+            "no sense: MMA warps",
+        ),
+        (_info_as_bytes([*PACKED_INFO[:6], 0, *PACKED_INFO[7:]]), "fp8_packed", "gemm", "or weight maps"),
         (_info_as_bytes([*PACKED_INFO[:-2], 96, 1]), "fp8_packed", "gemm", "tensor map of b"),
     ],
 )

@@ -130,8 +130,8 @@ def test_loops_of_a_shipped_kernel_are_told_apart() -> None:
         main_loop.ShippedLoop(Fraction(1, 2), False, main_loop.Mix(4.0, 4.0, 3.0, 1)),
     ]
     assert loops[1].mix.slots_per_mma == 17 / 8
-    pingpong = {**SWAPPED, "schedule": "pingpong", "mma_warps": 8}
-    assert main_loop.shipped_loops(pingpong, _shipped((8, 6, 1)))[0].part == 1
+    shared_by_eight = {**SWAPPED, "mma_warps": 8}
+    assert main_loop.shipped_loops(shared_by_eight, _shipped((4, 6, 1)))[0].part == 1
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,11 @@ PACKED = [
     ({"rows": np.zeros(E, np.int32)}, ValueError, "offsets: expected None where rows is given"),
 ]
 MASKED = [
-    ({"rows": np.array([1, 0, 7, 2, 3])}, ValueError, "rows: expected values from 0 to max_m = 6, got 0 to 7"),
+    (
+        {"rows": np.array([1, 0, 7, 2, 3])},
+        ValueError,
+        "rows: expected values from 0 to max_m = 6, got 0 to 7",
+    ),
     ({"rows": np.array([1, -1, 6, 2, 3])}, ValueError, "rows: expected values from 0 to max_m = 6, got -1"),
     ({"rows": np.zeros(E - 1, np.int32)}, ValueError, r"rows: expected shape \(5,\), one for each expert"),
     ({"rows": f32(E)}, TypeError, "rows: expected int32 or int64, got float32"),

@@ -140,15 +140,14 @@ def table(rows: Sequence[tuple[Entry, tuple[Mix, dict[str, Any]]]], tools: Mappi
 
 
 def shipped_loops(variant: Mapping[str, Any], kernel: Kernel) -> list[ShippedLoop]:
-    """The main loops of a shipped GEMM kernel for SM12x with its manifest entry ``variant``: full tiles
-    first, then most k-tiles at a time.
+    """The main loops of a shipped GEMM kernel for SM12x with its manifest entry ``variant``, whose
+    ``mma_warps`` share a tile: full tiles first, then most k-tiles at a time.
 
     Every MMA warp releases each k-tile's stage once, which tells how many k-tiles an iteration takes. Raises
     BuildError where there is no loop for the whole tile, or one that does not fit it.
     """
     m, n, k = variant["tile"]
-    groups = 2 if variant["schedule"] == "pingpong" else 1
-    full = Fraction((m // _MMA_M) * (n // _MMA_N) * (k // _MMA_K) * groups, variant["mma_warps"])
+    full = Fraction((m // _MMA_M) * (n // _MMA_N) * (k // _MMA_K), variant["mma_warps"])
     found: list[tuple[Fraction, Mix]] = []
     for loop in innermost_mma_loops(kernel):
         mma = sum(instruction.is_mma for instruction in loop)

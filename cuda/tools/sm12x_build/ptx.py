@@ -11,7 +11,7 @@ INFO_SYMBOL = "sm12x_variant_info"
 _GRID_AXES = ("x", "y")
 _INFO_HEAD = ("threads", "shared_memory", "stages", "grid_axis", "workspace_per_cta")
 # What the GEMM kernels of a family state beyond the head: more numbers, then tensor maps.
-_GEMM_NUMBERS = {"fp8_ptr_array": (), "fp8_packed": ("mma_warps",)}
+_GEMM_NUMBERS = {"fp8_ptr_array": (), "fp8_packed": ("mma_warps", "weight_maps")}
 _GEMM_MAPS = {"fp8_ptr_array": ("a", "b", "d"), "fp8_packed": ("a", "b")}
 _MAP_NUMBERS = 5  # rank, box0, box1, swizzle, element_bytes
 _INTERNAL = re.compile(r"_INTERNAL_([0-9a-f]{8})_(\d+)_")
@@ -134,8 +134,8 @@ def variant_facts(text: str, family: str, role: str) -> dict[str, Any]:
     if not 0 < facts["threads"] <= 1024 or axis >= len(_GRID_AXES) or facts["workspace_per_cta"] % 128:
         raise BuildError(f"{INFO_SYMBOL} makes no sense: {words}")
     facts["grid_axis"] = _GRID_AXES[axis]
-    if not 0 < facts.get("mma_warps", 1) <= facts["threads"] // 32:
-        raise BuildError(f"{INFO_SYMBOL} makes no sense: {facts['mma_warps']} MMA warps in {words}")
+    if not 0 < facts.get("mma_warps", 1) <= facts["threads"] // 32 or not facts.get("weight_maps", 1):
+        raise BuildError(f"{INFO_SYMBOL} makes no sense: MMA warps or weight maps of {words}")
     maps = {}
     for index, name in enumerate(map_names):
         start = len(numbers) + _MAP_NUMBERS * index
