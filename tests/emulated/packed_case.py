@@ -68,7 +68,9 @@ class PackedCase:
             least_units=least_units,
         )
         maps = _encode(variant, "a", a, (self.k, total, 1), (self.k, total * self.k))
-        maps += _encode(variant, "b", b, (self.k, self.n, groups), (self.k, self.n * self.k))
+        for number in range(variant.weight_maps):
+            weights = (self.k, self.n, groups), (self.k, self.n * self.k)
+            maps += _encode(variant, "b", b, *weights, times=1 << number)
         ctypes.memmove(ctypes.addressof(params), maps, len(maps))
         self.result = m.run_shipped(variant.key, ctas, params, arch=arch, seed=seed)
         return m.download(d, (total, self.n), self.out_type)
@@ -87,8 +89,9 @@ def _upload_rows(m, array, label):
     return m.upload(np.concatenate([array.reshape(-1, array.shape[-1]), behind]), label)
 
 
-def _encode(variant, name, address, shape, strides):
+def _encode(variant, name, address, shape, strides, *, times=1):
+    """A tensor map whose box is `times` as high as the variant's."""
     spec = variant.tensor_maps[name]
-    box = spec.box + (1,) * (spec.rank - len(spec.box))
+    box = (spec.box[0], spec.box[1] * times, *spec.box[2:]) + (1,) * (spec.rank - len(spec.box))
     ones, swizzle = [1] * spec.rank, _SWIZZLE[spec.swizzle]
     return tensor_map.encode_tiled(_UINT8, spec.rank, address, shape, strides, box, ones, 0, swizzle, 0, 0)
