@@ -34,6 +34,8 @@ SM12X_STATUS_OK = 0
 SM12X_STATUS_OFFSETS_DECREASE = 1
 SM12X_STATUS_OFFSETS_RANGE = 2
 
+SM12X_WEIGHT_MAPS = 5
+
 SM12X_LIST_CAPACITY = 340
 
 SM12X_OFFSET_PTR_A = 0
@@ -170,7 +172,7 @@ class sm12x_prepare_list_params(ctypes.Structure):
 class sm12x_packed_params(ctypes.Structure):
     _fields_ = [
         ("map_a", sm12x_tensor_map),
-        ("map_b", sm12x_tensor_map),
+        ("map_b", sm12x_tensor_map * SM12X_WEIGHT_MAPS),
         ("a", ctypes.c_uint64),
         ("d", ctypes.c_uint64),
         ("bounds", ctypes.c_uint64),

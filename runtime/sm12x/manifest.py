@@ -92,6 +92,7 @@ class Variant:
     tensor_maps: Mapping[str, TensorMap] | None = None
     token_step: int = 0
     mma_warps: int = 0
+    weight_maps: int = 0
 
     @property
     def out(self) -> str:
@@ -296,6 +297,7 @@ def _variant(key: str, raw: Mapping[str, Any]) -> Variant:
         mma=str(raw["mma"]),
         stages=_number(raw, "stages", 1),
         tensor_maps={name: _tensor_map(raw["tensor_maps"][name]) for name in TENSOR_MAPS[variant.params]},
+        weight_maps=_number(raw, "weight_maps", 1) if variant.params == "sm12x_packed_params" else 0,
         mma_warps=_number(raw, "mma_warps", 1) if variant.params == "sm12x_packed_params" else 0,
     )
 
