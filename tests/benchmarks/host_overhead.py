@@ -1,5 +1,5 @@
-"""What a call costs the host: packed calls against a bare cuLaunchKernel, `import sm12x`, and the first
-result.
+"""What a call costs the host: packed, gathered and masked calls against a bare cuLaunchKernel, `import
+sm12x`, and the first result.
 
     python tests/benchmarks/host_overhead.py [--json FILE] [--calls N]
 
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT / "runtime")]
 
-LIMIT_CALL_US = 20.0
+LIMIT_CALL_US = 10.0
+LAYOUTS = ("packed", "gathered", "masked")
 LIMIT_IMPORT_MS = 60.0
 LIMIT_FIRST_MS = 100.0
 BATCH = 64  # calls between two waits for the device, so that its queue never fills and blocks the host
@@ -55,43 +57,56 @@ def empty_launch(stream: int) -> Any:
     return call
 
 
-def packed_call(calls: int) -> dict[str, float]:
-    """Mean microseconds of a packed call and of the bare launch beside it."""
+def fresh_arguments(layout: str, workspace_size: Any, device: str = "cuda") -> Any:
+    """A function that gives the arguments of the call of a number: new tensor objects, another part of the
+    activations and of `out` each time. `layout`: "packed", "gathered" (with row weights) or "masked"."""
     import torch
 
-    import sm12x
-    from sm12x.validation.device import Gpu
-
-    torch.zeros(1, device="cuda")
-    gpu = Gpu.open(0)
     experts, rows, n, k, pool = 8, 32, 264, 272, 61
-    a = torch.zeros((pool * rows, k), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-    b = torch.zeros((experts, n, k), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-    a_scale = torch.ones(pool * rows, device="cuda")
-    b_scale = torch.ones((experts, n), device="cuda")
-    offsets = torch.arange(0, rows + 1, rows // experts, dtype=torch.int32, device="cuda")
-    out = torch.empty((pool * rows, n), dtype=torch.bfloat16, device="cuda")
-    workspace = torch.empty(sm12x.workspace_size(experts), dtype=torch.uint8, device="cuda")
-    bare = empty_launch(torch.cuda.current_stream().cuda_stream)
-    assert bare() == 0
-    assert gpu.device.arch
+    most = rows // experts  # rows of each expert
+    fp8 = torch.float8_e4m3fn
+    a = torch.zeros((pool * rows, k), dtype=torch.uint8, device=device).view(fp8)
+    b = torch.zeros((experts, n, k), dtype=torch.uint8, device=device).view(fp8)
+    a_scale = torch.ones(pool * rows, device=device)
+    row_weight = torch.ones(pool * rows, device=device)
+    b_scale = torch.ones((experts, n), device=device)
+    offsets = torch.arange(0, rows + 1, most, dtype=torch.int32, device=device)
+    counts = torch.full((experts,), most, dtype=torch.int32, device=device)
+    row_index = torch.arange(rows, dtype=torch.int32, device=device).repeat(pool)
+    out = torch.empty((pool * rows, n), dtype=torch.bfloat16, device=device)
+    workspace = torch.empty(workspace_size(experts), dtype=torch.uint8, device=device)
 
-    def fresh(index: int) -> tuple[Any, ...]:
+    def arguments(index: int) -> dict[str, Any]:
         part = slice(index % pool * rows, (index % pool + 1) * rows)
-        return a[part], b[:], a_scale[part], b_scale[:], offsets[:], out[part], workspace[:]
+        shared = {"b": b[:], "b_scale": b_scale[:], "workspace": workspace[:]}
+        if layout == "masked":
+            rows_of = experts, most
+            return {
+                **shared,
+                "a": a[part].view(*rows_of, k),
+                "a_scale": a_scale[part].view(rows_of),
+                "rows": counts[:],
+                "out": out[part].view(*rows_of, n),
+            }
+        packed = {**shared, "a": a[part], "a_scale": a_scale[part], "offsets": offsets[:], "out": out[part]}
+        if layout == "gathered":
+            return {**packed, "row_index": row_index[part], "row_weight": row_weight[part]}
+        return packed
 
+    return arguments
+
+
+def mean_costs(call: Any, bare: Any, fresh: Any, calls: int, synchronize: Any) -> tuple[int, float, float]:
+    """How many calls were counted, and mean microseconds of a call and of the bare launch beside it."""
     total = bare_total = 0
     clock = time.perf_counter_ns
-    grouped_gemm = sm12x.grouped_gemm
     for index in range(-4 * BATCH, calls, BATCH):  # the first batches warm caches and are not counted
         arguments = [fresh(i) for i in range(max(0, index), max(0, index) + BATCH)]
-        torch.cuda.synchronize()
+        synchronize()
         spent = bare_spent = 0
-        for x, w, x_scale, w_scale, bounds, result, scratch in arguments:
+        for each in arguments:
             start = clock()
-            grouped_gemm(
-                x, w, a_scale=x_scale, b_scale=w_scale, offsets=bounds, out=result, workspace=scratch
-            )
+            call(**each)
             middle = clock()
             bare()
             end = clock()
@@ -101,8 +116,24 @@ def packed_call(calls: int) -> dict[str, float]:
             total += spent
             bare_total += bare_spent
     counted = -(-calls // BATCH) * BATCH
-    torch.cuda.synchronize()
-    return {"calls": counted, "call_us": total / counted / 1e3, "bare_launch_us": bare_total / counted / 1e3}
+    synchronize()
+    return counted, total / counted / 1e3, bare_total / counted / 1e3
+
+
+def packed_call(calls: int, layout: str) -> dict[str, float]:
+    """Mean microseconds of a call and of the bare launch beside it."""
+    import torch
+
+    import sm12x
+    from sm12x.validation.device import Gpu
+
+    torch.zeros(1, device="cuda")
+    assert Gpu.open(0).device.arch
+    bare = empty_launch(torch.cuda.current_stream().cuda_stream)
+    assert bare() == 0
+    fresh = fresh_arguments(layout, sm12x.workspace_size)
+    counted, call, launch = mean_costs(sm12x.grouped_gemm, bare, fresh, calls, torch.cuda.synchronize)
+    return {"calls": counted, f"{layout}_call_us": call, f"{layout}_bare_launch_us": launch}
 
 
 def in_fresh_process(source: str) -> float:
@@ -163,24 +194,21 @@ def main() -> int:
             failed.append(f"{name}: {type(error).__name__}: {str(error)[:400]}")
 
     part("imports", lambda: imports(options.repeats))
-    part("packed call", lambda: packed_call(options.calls))
+    for layout in LAYOUTS:
+        part(f"{layout} call", partial(packed_call, options.calls, layout))
     first = [FIRST_RESULT] * min(5, options.repeats)
     part(
         "first result",
         lambda: {"first_result_ms": statistics.median(in_fresh_process(text) for text in first)},
     )
     checks = []
-    if "call_us" in result:
-        import torch
+    for layout in LAYOUTS:
+        if f"{layout}_call_us" in result:
+            import torch
 
-        result["device"] = torch.cuda.get_device_name(0)
-        checks.append(
-            (
-                "packed call above a bare launch, us",
-                result["call_us"] - result["bare_launch_us"],
-                LIMIT_CALL_US,
-            )
-        )
+            result["device"] = torch.cuda.get_device_name(0)
+            above = result[f"{layout}_call_us"] - result[f"{layout}_bare_launch_us"]
+            checks.append((f"{layout} call above a bare launch, us", above, LIMIT_CALL_US))
     if "import_sm12x_ms" in result:
         above = result["import_sm12x_ms"] - result["import_numpy_ms"]
         checks.append(("import sm12x above import numpy, ms", above, LIMIT_IMPORT_MS))

@@ -94,6 +94,22 @@ def test_threads_that_ask_at_once_get_what_they_should(fake):
     assert len({workspace for workspace, _ in pairs}) == len({block for _, block in pairs}) == len(pairs)
 
 
+def test_who_comes_second_takes_what_the_first_got(fake, monkeypatch):
+    """Between the look without the lock and the one with it, another thread may have come."""
+    device = driver.get_device(0)
+
+    class Lock:
+        def __enter__(self):
+            device.counters[HIGH] = 0x1234
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(counters, "_lock", Lock())
+    assert counters.counters_of(device, HIGH) == 0x1234
+    assert fake.kept == {}
+
+
 def test_a_forked_child_begins_without_any(fake):
     device = driver.get_device(0)
     counters.counters_of(device, HIGH)

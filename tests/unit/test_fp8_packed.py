@@ -371,6 +371,28 @@ def test_a_mode_is_forced_behind_the_key(fake):
         assert (fake.launches[-1].params.least_units > 0) == splits
 
 
+def test_what_the_host_knows_of_a_call_reaches_select(fake, monkeypatch):
+    asked = []
+    select = launch.select
+
+    def watched(problem, variants, sms):
+        asked.append((problem, sms))
+        return select(problem, variants, sms)
+
+    monkeypatch.setattr(launch, "select", watched)
+    weight = fake.tensor((E, MAX_M), "float32")
+    sm12x.grouped_gemm(**masked(fake, expected_m=4, row_weight=weight))
+    sm12x.grouped_gemm(**gathered(fake))
+    (counted, sms), (indexed, _) = asked
+    assert sms == fake.gpus[0].sm_count
+    assert (counted.kind, counted.rows, counted.max_rows, counted.expected_rows) == ("masked", 0, MAX_M, 4)
+    assert (counted.gathers, counted.weighted) == (False, True)
+    assert (indexed.kind, indexed.rows, indexed.max_rows, indexed.expected_rows) == ("packed", M, 0, 0)
+    assert (indexed.gathers, indexed.weighted) == (True, False)
+    for problem in (counted, indexed):
+        assert (problem.groups, problem.n, problem.k, problem.arch) == (E, N, K, "sm_120a")
+
+
 def test_a_key_alone_takes_the_better_mode(fake):
     sm12x.grouped_gemm(**operands(fake), variant=KEY)
     assert only_launch(fake).symbol == f"sm12x_{KEY}"

@@ -1,4 +1,4 @@
-"""row_index, masked rows and row_weight in the reference, each against the plain packed call it stands for."""
+"""row_index, masked rows and row_weight in the reference, against the plain packed call that each means."""
 
 from __future__ import annotations
 

@@ -203,24 +203,48 @@ def test_lists_take_no_rows_of_that_kind(fake, name):
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_a_masked_out_that_overlaps_an_input(fake, name):
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_masked_out_that_overlaps_an_input(fake, name, where):
     args = masked(fake)
-    args["out"].address = args[name].address + 16
+    rows = N if name == "b" else MAX_M
+    if where == "first":  # expert of the input, and last of out
+        args["out"].address = args[name].address + rows * K - 16 - (E - 1) * MAX_M * N * 2
+    else:
+        args["out"].address = args[name].address + E * rows * K - 16
     with pytest.raises(ValueError, match=f"^out: expected memory of its own.*overlaps {name}"):
         sm12x.grouped_gemm(**args)
     assert nothing_happened(fake)
 
 
-def test_experts_of_out_and_a_may_share_rows_of_one_buffer(fake):
+@pytest.mark.parametrize("most", [MAX_M, 1])
+def test_experts_of_out_and_a_may_share_rows_of_one_buffer(fake, most):
     """Columns of one array: neither touches the other's bytes."""
     args = masked(fake)
     wide = 2 * N + K
-    buffer = fake.tensor((E, MAX_M, wide), "uint8")
-    args["a"] = fake.tensor((E, MAX_M, K), E4M3, strides=(MAX_M * wide, wide, 1))
-    args["out"] = fake.tensor((E, MAX_M, N), "bfloat16", strides=(MAX_M * wide // 2, wide // 2, 1))
+    buffer = fake.tensor((E, most, wide), "uint8")
+    args["row_weight"] = fake.tensor((E, most), "float32")
+    args["a"] = fake.tensor((E, most, K), E4M3, strides=(most * wide, wide, 1))
+    args["out"] = fake.tensor((E, most, N), "bfloat16", strides=(most * wide // 2, wide // 2, 1))
     args["a"].address, args["out"].address = buffer.address, buffer.address + K
     sm12x.grouped_gemm(**args)
     assert len(fake.launches) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((E, 1), (1, 99)), ((1, MAX_M), (0, 1)), ((E, 1, 1), (1, 7, 0))]
+)
+def test_strides_of_axes_of_one_element_mean_nothing(fake, shape, strides):
+    t = fake.tensor
+    e, most = shape[:2]
+    args = {
+        "a": t((e, most, K), E4M3),
+        "b": t((e, N, K), E4M3),
+        "rows": t((e,), "int32"),
+        "row_weight": t(shape, "float32", strides=strides),
+        "a_scale": t(shape, "float32", strides=strides),
+    }
+    sm12x.grouped_gemm(**args)
+    assert fake.launches[0].params.row_weight == args["row_weight"].address
 
 
 def _array(shape, strides):

@@ -300,6 +300,16 @@ def test_offsets_beside_rows_are_refused_in_a_remembered_call_too(packed):
     assert packed.launches == []
 
 
+def test_counts_given_as_offsets_are_refused_in_a_remembered_call_too(packed):
+    sm12x.grouped_gemm(**masked(packed, expected_m=None))
+    packed.launches.clear()
+    args = masked(packed, expected_m=None)
+    args["offsets"] = args.pop("rows")
+    with pytest.raises(ValueError, match=r"^a: expected shape \(M, K\)"):
+        sm12x.grouped_gemm(**args)
+    assert packed.launches == []
+
+
 def test_a_misaligned_or_overlapping_operand_is_refused_in_a_remembered_call_too(packed):
     sm12x.grouped_gemm(**gathered(packed))
     packed.launches.clear()

@@ -82,7 +82,10 @@ def _variant(text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--variant", type=_variant, help="the kernel, one of `python -m sm12x kernels` (default: the best)"
+        "--variant",
+        type=_variant,
+        help="the kernel, one of `python -m sm12x kernels`, with :split or :whole behind it for how K is "
+        "shared out (default: the best)",
     )
     parser.add_argument(
         "--m",
