@@ -137,6 +137,7 @@ def write_family(root, archs=("sm_120a", "sm_121a", "sm_90a"), majors=("cu12", "
                 "grid_axis": "x",
                 "workspace_per_cta": workspace,
                 "mma_warps": warps,
+                "weight_maps": 1,
                 "tensor_maps": maps,
             },
         )

@@ -54,6 +54,7 @@ PACKED = {
     "outs": ["bfloat16", "float16", "float32"],
     "pdl": True,
     "mma_warps": 4,
+    "weight_maps": 1,
     "tensor_maps": {x: {"rank": 3, "box": [64, 32], "swizzle": 64, "element_bytes": 1} for x in "ab"},
 }
 
