@@ -56,7 +56,7 @@ __device__ const unsigned sm12x_variant_info[17] = {
 // Body
 // -------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(Gemm::kThreads, SM12X_MIN_CTAS)
+extern "C" __global__ void __launch_bounds__(Gemm::kThreads, 1)
     SM12X_SYMBOL(__grid_constant__ sm12x_packed_params const params) {
   extern __shared__ char shared_memory[];
   Gemm::body(params, *reinterpret_cast<Gemm::SharedMemory*>(shared_memory));

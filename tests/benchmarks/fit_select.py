@@ -84,7 +84,7 @@ def read_rows(path: Path, variants: dict[str, Variant], sms: int | None) -> list
     count = sms or raw.get("sm_count") or (next(iter(DRAM[arch])) if len(DRAM[arch]) == 1 else None)
     if count is None:
         raise ValueError(f"{path}: no `sm_count`, and {arch} has several: give --sms")
-    rows = [_row(path, each, arch, count, variants) for each in raw["rows"]]
+    rows = [_row(path, each, arch, count, variants) for each in raw["rows"] if "times" in each]
     return [row for row in rows if len(row.times) > 1]
 
 
@@ -116,13 +116,13 @@ def _row(path: Path, raw: dict[str, Any], arch: str, sms: int, variants: dict[st
                 raise ValueError(f"{path}: {key} is not in the manifest: build the cubins that were timed")
             continue
         variant = variants[key]
-        if how not in ("", "split"):
+        if how not in ("", "whole", "split"):
             raise ValueError(f"{path}: expected {key} or {key}:split, got {name}")
         why = fits(problem, variant)
         if why is not None:
             raise ValueError(f"{path}: {name} cannot have run this row: {why}")
-        leasts = tuple(least_units(problem, variant, sms)) if how else ()
-        if how and not leasts:
+        leasts = tuple(least_units(problem, variant, sms)) if how == "split" else ()
+        if how == "split" and not leasts:
             continue  # K has one k-tile: nothing was split
         work = cost.measure(problem, groups, variant)
         us = value["median_us"] if isinstance(value, dict) else value

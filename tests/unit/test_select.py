@@ -19,10 +19,11 @@ from sm12x.select import (
     tiles_upper_bound,
     units_upper_bound,
 )
-from sm12x.select.model import measure
-from sm12x.select.problem import expected_groups
+from sm12x.select.model import measure, of_runs, of_split
+from sm12x.select.problem import STRIP, Groups, expected_groups
 from sm12x.select.ranking import TOO_MANY_UNITS, least_units
 from sm12x.select.rates import DRAM, FAMILIES, dram
+from unit import packed_schedule
 from unit.fake_family import write_family
 from unit.packed_variants import packed_variants
 
@@ -324,13 +325,120 @@ def test_a_preparation_kernel_costs_a_launch(gemms):
     assert other - own == pytest.approx(step + starts)
 
 
+def test_an_epilogue_of_pingpong_hides_behind_the_other_group(gemms):
+    def tiles(key, waves):
+        problem = packed(64, 1, waves * 170 * 128, 4096)
+        return next(c for c in select(problem, [only(key, gemms)], 170) if not c.least_units).terms["tiles"]
+
+    pingpong, cooperative = "fp8_packed_64x128x128_pingpong", "fp8_packed_128x128x128_coop"
+    assert tiles(pingpong, 4) == pytest.approx(tiles(pingpong, 1))
+    assert tiles(cooperative, 4) == pytest.approx(4 * tiles(cooperative, 1))
+
+
+def test_setup_is_for_experts_not_tiles(gemms):
+    variant = only("fp8_ptr_array_128x16x128_swap_bf16", gemms)
+    setup = FAMILIES["fp8_ptr_array"].setup
+    one = select(packed(16, 1, 170 * 8 * 128, 512), [variant], 170)[0]
+    assert one.terms["setup"] == pytest.approx(setup)
+    many = select(listed([(16, 128, 512)] * (170 * 8)), [variant], 170)[0]
+    assert many.terms["setup"] == pytest.approx(8 * setup)
+
+
+def test_one_sm_pulls_no_more_than_its_ceiling(gemms):
+    # One tile, one strip of features, one k-tile: one SM does all of it, and the others do not help.
+    rates = RATES["sm_120a"]
+    tile = listed([(16, 128, 8192)])
+    [turns] = select(tile, [only("fp8_ptr_array_128x16x128_swap_bf16", gemms)], 170)
+    ceiling = rates.sm * rates.clock * 1e3  # bytes a microsecond
+    assert turns.terms["smem"] == pytest.approx((128 + 16) * 8192 / ceiling)
+    assert turns.terms["dram"] == pytest.approx((128 * 8192 + 16 * (8192 + 2 * 128)) / ceiling)
+    swapped = only("fp8_packed_128x16x128_swap", gemms)
+    strip = packed(16, 1, 16, 8192)
+    choices = {c.least_units > 0: c for c in select(strip, [swapped], 170)}
+    unique = 16 * 8192 + 16 * (8192 + 2 * 16)
+    assert choices[False].terms["dram"] == pytest.approx(unique / ceiling)
+    assert "1 strips in runs on 1 SMs, at most 1 each" in choices[False].reason
+    assert choices[False].terms["smem"] == pytest.approx((16 + 16) * 8192 / ceiling)
+    work = measure(strip, expected_groups(strip), swapped)
+    alone = of_split(strip, work, swapped, 170, 64)  # 64 k-tiles: one CTA has them all
+    assert alone.reading == pytest.approx(unique / ceiling)
+
+
+def test_wider_results_are_more_bytes(gemms):
+    def unique(out):
+        problem = packed(100, out=out)
+        return measure(problem, expected_groups(problem), packed_variants()[0]).unique
+
+    assert unique("float32") - unique("float16") == pytest.approx(2 * 100 * 1408, rel=1e-2)
+
+
+def test_empty_groups_of_a_list_cost_nothing(gemms):
+    with_work = [(3, 256, 512), (20, 128, 1024)]
+    variant = only("fp8_ptr_array_128x16x128_swap_bf16", gemms)
+    [one] = select(listed(with_work), [variant], 170)
+    [other] = select(listed([*with_work, (0, 4096, 4096)]), [variant], 170)
+    assert one.terms == other.terms
+
+
+def test_features_are_padded_to_what_is_multiplied(gemms):
+    problem = packed(16, 1, 136, 512)
+    groups = expected_groups(problem)
+    swapped, plain = only("fp8_packed_128x16x128_swap", gemms), only("fp8_packed_128x128x128_coop", gemms)
+    assert measure(problem, groups, swapped).macs == 16 * 144 * 512
+    assert measure(problem, groups, plain).macs == 128 * 256 * 512
+
+
+def test_the_busiest_cta_is_that_of_the_kernels_schedule(gemms):
+    # Against the schedule counted CTA by CTA, rows drawn evenly. The model knows means only.
+    rng = new_seed()
+    swapped = [v for v in gemms if v.family == "fp8_packed" and v.swap_ab]
+    ratios: dict[str, list[float]] = {}
+
+    def note(name, value, true):
+        ratios.setdefault(name, []).append(value / true)
+
+    for _ in range(400):
+        variant, groups, sms = rng.choice(swapped), rng.randrange(1, 129), rng.choice((36, 48, 132, 170))
+        n, k = 8 * rng.randrange(8, 600), 16 * rng.randrange(8, 300)
+        rows = [0] * groups
+        for _ in range(1 + int(groups * 2 ** rng.uniform(-2, 7))):
+            rows[rng.randrange(groups)] += 1
+        problem = packed(sum(rows), groups, n, k)
+        work = measure(problem, [Groups(m, n, k, 1.0) for m in rows if m], variant)
+        model, true = of_runs(problem, work, variant, sms), packed_schedule.runs(rows, n, variant, sms)
+        assert sum(cta.weights for cta in true) == pytest.approx(work.strip_units)
+        warps = min(variant.mma_warps, variant.feature_tile // STRIP)
+        note("share", model.share, max(cta.weights for cta in true) / work.strip_units)
+        note("mma", model.mma_share, max(cta.rounds for cta in true) * warps / work.strip_units)
+        tokens = sum(cta.visits for cta in true) * variant.token_tile * k
+        note("tokens", model.all_tokens, tokens)
+        note("visits", model.visits, max(cta.visits for cta in true))
+        note("experts", model.experts, sum(len(cta.experts) for cta in true) / len(true))
+        note("own tokens", model.tokens, max(cta.visits for cta in true) * variant.token_tile * k)
+        least, k_tiles = rng.choice((1, 4, 32)), -(-k // variant.tile[2])
+        model = of_split(problem, work, variant, sms, least)
+        true = packed_schedule.split(rows, n, k_tiles, variant, sms, least)
+        assert model.k_tiles == max(cta.k_tiles for cta in true)
+        note("split visits", model.visits, max(cta.visits for cta in true))
+        note("split experts", model.experts, sum(len(cta.experts) for cta in true) / len(true))
+    for name, values in ratios.items():
+        low, middle, high = (sorted(values)[int(len(values) * part)] for part in (0.1, 0.5, 0.9))
+        print(f"{name}: {low:.2f} {middle:.2f} {high:.2f}")
+        assert 0.9 < middle < 1.1, name
+        assert low > 0.65, name
+        assert high < 1.25, name
+    assert sorted(ratios["share"])[20] > 0.85
+
+
 def test_gathering_costs_and_grows_with_the_token_tile(gemms):
     def gather(key, gathers=True):
         return select(packed(512, gathers=gathers), [only(key, gemms)], 170)[0]
 
     small, large = gather("fp8_packed_128x8x128_swap"), gather("fp8_packed_128x32x128_swap")
     assert 0 < small.terms["gather"] < large.terms["gather"]
-    assert gather("fp8_packed_128x8x128_swap", False).us < small.us
+    without = gather("fp8_packed_128x8x128_swap", False)
+    assert without.us < small.us
+    assert small.terms["launch"] - without.terms["launch"] == pytest.approx(RATES["sm_120a"].lookup)
 
 
 def test_splitting_levels_the_work_and_costs_the_parts(gemms):
@@ -342,7 +450,13 @@ def test_splitting_levels_the_work_and_costs_the_parts(gemms):
     assert whole.terms["mma"] == pytest.approx(split.terms["mma"] * 2 / 1.5)
     small = only("fp8_packed_128x8x128_swap", gemms)
     of_small = max(select(problem, [small], 170), key=lambda c: c.least_units)
-    assert RATES["sm_120a"].fix_up < of_small.terms["split"] < split.terms["split"]
+    parts = [c.terms["split"] - RATES["sm_120a"].fix_up for c in (of_small, split)]
+    assert 0 < 10 * parts[0] < parts[1]
+    # A tile of one k-tile is never cut.
+    single = packed(128, 1, 170 * 128, 128)
+    assert of_split(single, measure(single, expected_groups(single), variant), variant, 170, 1).visits == 1
+    # Among equally good ones the largest run: fewer parts where there are fewer rows than expected.
+    assert of_small.least_units == split.least_units == 32
 
 
 def test_runs_of_strips_level_the_work(gemms):

@@ -61,7 +61,7 @@ enum sm12x_status {
 
 /* Tensor maps of the weights of a packed kernel: they differ in the features of a box, of which map i has
  * twice as many as map i - 1. A variant uses as many of them as it needs to load any piece in few boxes. */
-#define SM12X_WEIGHT_MAPS 5
+#define SM12X_WEIGHT_MAPS 6
 
 /* Kernel parameters are at most 32,764 bytes; 340 records and their header fit. */
 #define SM12X_LIST_CAPACITY 340

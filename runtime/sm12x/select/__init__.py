@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from .model import Choice
 from .problem import Problem, expected_active, fits, tiles_upper_bound, units_upper_bound
-from .ranking import describe, select
+from .ranking import can_count, describe, select
 from .rates import RATES
 
 __all__ = [
     "RATES",
     "Choice",
     "Problem",
+    "can_count",
     "describe",
     "expected_active",
     "fits",

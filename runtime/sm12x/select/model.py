@@ -78,9 +78,10 @@ class Busiest:
     """The CTA with the most work: its `share` of all weights, `mma_share` of all multiply-adds and `tokens`,
     bytes of token rows; `experts` that it turns to; `visits`: tiles (or pieces of them) that it ends, of
     `values` values; `k_tiles` that it multiplies. Besides: `all_tokens` of all CTAs, and `reading`, DRAM's
-    microseconds.
+    microseconds, `split`, split-K's, and `how` the work is divided.
     """
 
+    how: str = "nothing to do"
     share: float = 0.0
     mma_share: float = 0.0
     tokens: float = 0.0
@@ -90,6 +91,7 @@ class Busiest:
     k_tiles: float = 0.0
     all_tokens: float = 0.0
     reading: float = 0.0
+    split: float = 0.0
 
 
 def measure(problem: Problem, groups: Sequence[Groups], variant: Variant) -> Work:
@@ -129,63 +131,35 @@ def measure(problem: Problem, groups: Sequence[Groups], variant: Variant) -> Wor
 
 
 def whole_k(problem: Problem, work: Work, variant: Variant, sms: int) -> Choice:
-    """`variant` where nothing is split along K: in turns, or in runs of feature strips."""
+    """`variant` where nothing is split along K: tiles in turns, or runs of feature strips."""
     if not work.tiles:
-        how, busiest = "nothing to do", Busiest()
+        busiest = Busiest()
     elif takes_runs(variant):
-        how, busiest = _runs(problem, work, variant, sms)
+        busiest = of_runs(problem, work, variant, sms)
     else:
-        how, busiest = _turns(problem, work, variant, sms)
-    return _choice(problem, work, variant, sms, busiest, 0, 0.0, how)
+        busiest = of_turns(problem, work, variant, sms)
+    return _choice(problem, work, variant, sms, busiest, 0)
 
 
 def split_k(problem: Problem, work: Work, variant: Variant, sms: int, least_units: int) -> Choice:
     """`variant` with a k-tile as the unit of work: CTAs take equal runs of at least `least_units`."""
-    if not work.tiles:
-        return _choice(problem, work, variant, sms, Busiest(), least_units, 0.0, "nothing to do")
-    ceiling = _ceiling(problem)
-    runs = max(1, min(sms, int(work.units / least_units)))
-    run = ceil(work.units / runs)
-    k_tiles = work.units / work.tiles
-    share = run / work.units
-    values = variant.token_tile * variant.feature_tile
-    # A run that begins anywhere in a tile touches its own length and one tile more.
-    visits = run / k_tiles + 1.0
-    busiest = Busiest(
-        share=share,
-        mma_share=share,
-        tokens=share * work.tokens,
-        experts=min(visits, work.active),
-        visits=visits,
-        values=values,
-        k_tiles=run,
-        all_tokens=work.tokens,
-        reading=work.unique * max(1.0 / dram(problem.arch, sms), share / ceiling) / 1e3,
-    )
-    # A CTA hands in two parts at most, and adds up those of one tile.
-    parts = 2.0 + min(float(runs), k_tiles / run + 1.0)
-    split = RATES[problem.arch].fix_up + parts * 4.0 * values / ceiling / 1e3
-    how = f"{work.units:.0f} k-tiles split over {runs} SMs, {run} each"
-    return _choice(problem, work, variant, sms, busiest, least_units, split, how)
+    busiest = of_split(problem, work, variant, sms, least_units) if work.tiles else Busiest()
+    return _choice(problem, work, variant, sms, busiest, least_units)
 
 
-def _ceiling(problem: Problem) -> float:
-    # Bytes per nanosecond that one SM pulls at most.
-    rates = RATES[problem.arch]
-    return rates.sm * rates.clock
-
-
-def _turns(problem: Problem, work: Work, variant: Variant, sms: int) -> tuple[str, Busiest]:
+def of_turns(problem: Problem, work: Work, variant: Variant, sms: int) -> Busiest:
+    """The busiest CTA where CTA c of G takes tiles c, c + G, c + 2G, ..."""
     ceiling, device = _ceiling(problem), dram(problem.arch, sms)
     waves = ceil(work.tiles / sms)
     full = work.tiles // sms * sms
     rest = work.tiles - full
     tile_bytes = work.unique / work.tiles
-    reading = full * tile_bytes / min(device, sms * ceiling)
+    reading = full * tile_bytes / device
     if rest:
         reading += tile_bytes * max(rest / device, 1.0 / ceiling)
     share = waves / work.tiles
-    busiest = Busiest(
+    return Busiest(
+        how=f"{work.tiles:.0f} tiles in turns on {min(sms, ceil(work.tiles))} SMs, at most {waves} each",
         share=share,
         mma_share=share,
         tokens=share * work.tokens,
@@ -196,17 +170,14 @@ def _turns(problem: Problem, work: Work, variant: Variant, sms: int) -> tuple[st
         all_tokens=work.tokens,
         reading=reading / 1e3,
     )
-    return (
-        f"{work.tiles:.0f} tiles in turns on {min(sms, ceil(work.tiles))} SMs, at most {waves} each",
-        busiest,
-    )
 
 
-def _runs(problem: Problem, work: Work, variant: Variant, sms: int) -> tuple[str, Busiest]:
+def of_runs(problem: Problem, work: Work, variant: Variant, sms: int) -> Busiest:
+    """The busiest CTA where strips of features of all experts are cut into equal runs."""
     runs = max(1, min(sms, int(work.strip_units)))
     token_tiles = work.token_tiles / work.active
     strips = max(1, ceil(work.strip_units / runs / token_tiles - 1e-9))
-    share = strips * token_tiles / work.strip_units
+    share = min(1.0, strips * token_tiles / work.strip_units)
     # Runs lie one after another along the experts: as many stretches inside one expert as there are experts
     # and cuts. Each is cut into equal pieces of at most a tile.
     experts = min(1.0 + (work.active - 1.0) / runs, float(strips))
@@ -218,7 +189,8 @@ def _runs(problem: Problem, work: Work, variant: Variant, sms: int) -> tuple[str
     uneven = ceil(piece / warps) * warps / piece
     visits = experts * pieces * token_tiles
     tokens = visits * variant.token_tile * problem.k
-    busiest = Busiest(
+    return Busiest(
+        how=f"{work.strips:.0f} strips in runs on {runs} SMs, at most {strips} each",
         share=share,
         mma_share=share * uneven,
         tokens=tokens,
@@ -226,10 +198,46 @@ def _runs(problem: Problem, work: Work, variant: Variant, sms: int) -> tuple[str
         visits=visits,
         values=variant.token_tile * piece * STRIP,
         k_tiles=visits * work.units / work.tiles,
-        all_tokens=runs * tokens,
-        reading=work.unique * max(1.0 / dram(problem.arch, sms), share / _ceiling(problem)) / 1e3,
+        all_tokens=min(runs, work.strips) * tokens,  # a run inside one strip's units has nothing
+        reading=_reading(problem, work, share, sms),
     )
-    return f"{work.strips:.0f} strips in runs on {runs} SMs, at most {strips} each", busiest
+
+
+def of_split(problem: Problem, work: Work, variant: Variant, sms: int, least_units: int) -> Busiest:
+    """The busiest CTA where the k-tiles of all tiles are cut into equal runs."""
+    runs = max(1, min(sms, int(work.units / least_units)))
+    run = ceil(work.units / runs)
+    k_tiles = work.units / work.tiles
+    share = run / work.units
+    # A run that begins anywhere in a tile ends one tile more than its length, unless it begins at its start.
+    visits = min(run / k_tiles + 1.0 - 1.0 / k_tiles, work.tiles)
+    values = variant.token_tile * variant.feature_tile
+    # A CTA hands in two parts at most, and adds up those of one tile.
+    parts = 2.0 + min(float(runs), k_tiles / run + 1.0)
+    return Busiest(
+        how=f"{work.units:.0f} k-tiles split over {runs} SMs, {run} each",
+        share=share,
+        mma_share=share,
+        tokens=share * work.tokens,
+        experts=min(visits, 1.0 + (work.active - 1.0) / runs),
+        visits=visits,
+        values=values,
+        k_tiles=run,
+        all_tokens=work.tokens,
+        reading=_reading(problem, work, share, sms),
+        split=RATES[problem.arch].fix_up + parts * 4.0 * values / _ceiling(problem) / 1e3,
+    )
+
+
+def _ceiling(problem: Problem) -> float:
+    # Bytes per nanosecond that one SM pulls at most.
+    rates = RATES[problem.arch]
+    return rates.sm * rates.clock
+
+
+def _reading(problem: Problem, work: Work, share: float, sms: int) -> float:
+    # Microseconds of DRAM where all CTAs have the busiest one's share, or nothing.
+    return work.unique * max(1.0 / dram(problem.arch, sms), share / _ceiling(problem)) / 1e3
 
 
 def _choice(
@@ -239,8 +247,6 @@ def _choice(
     sms: int,
     busiest: Busiest,
     least_units: int,
-    split: float,
-    how: str,
 ) -> Choice:
     rates, family = RATES[problem.arch], FAMILIES[variant.family]
     launches = 0
@@ -267,7 +273,7 @@ def _choice(
         "gather": gather / thousand_clocks,
         "mma": clocks / thousand_clocks,
         "tiles": ends * (family.tile + busiest.values * rates.value / thousand_clocks),
-        "split": split,
+        "split": busiest.split,
     }
     concurrent = {name: terms[name] for name in ("dram", "smem", "gather")}
     concurrent["mma"] = terms["mma"] + terms["tiles"]
@@ -277,6 +283,6 @@ def _choice(
     active = work.active or 1.0
     reason = (
         f"bound by {longest}: {work.rows / active:.1f} rows per active expert in token tiles of "
-        f"{variant.token_tile}, weights read {work.token_tiles / active:.2f} times, {how}"
+        f"{variant.token_tile}, weights read {work.token_tiles / active:.2f} times, {busiest.how}"
     )
     return Choice(variant, least_units, us, terms, reason)

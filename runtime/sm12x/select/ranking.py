@@ -42,7 +42,7 @@ def least_units(problem: Problem, variant: Variant, sms: int) -> list[int]:
     if not FAMILIES[variant.family].splits:
         return []
     k_tiles = -(-problem.k // variant.tile[2])
-    if k_tiles < 2 or not can_count(problem, variant, 1, sms):
+    if not can_count(problem, variant, 1, sms):
         return []
     return [1 << power for power in range(k_tiles.bit_length()) if 1 << power < k_tiles]
 

@@ -65,8 +65,9 @@ class WarpTile {
   /// Adds the products of `k_tiles` stages, of which the last one has `last_blocks` k-blocks (1 to
   /// kBlocks). Waits for each stage and releases it as soon as its last fragments have been requested:
   /// shared memory serves a warp's loads and its arrival in order. ActiveM, ActiveN: atoms
-  /// that count, from the first.
-  template <int ActiveM, int ActiveN, class Ring, class State>
+  /// that count, from the first. LapStages: stages of the ring, where that is known (else 0) and the loop
+  /// is to be unrolled over them.
+  template <int ActiveM, int ActiveN, int LapStages, class Ring, class State>
   __device__ void run(Ring& ring, State& state, Stages const& stages, int k_tiles, int last_blocks,
                       Accumulators& accumulators) const {
     if constexpr (ActiveM == 0) {
@@ -82,22 +83,53 @@ class WarpTile {
       constexpr int kChains = ActiveM * ActiveN >= 8 ? 1 : (ActiveM * ActiveN >= 4 ? 2 : 4);
       float more[kChains][ActiveM][ActiveN][4] = {};  // the first set stays zero
       int const whole = last_blocks == kBlocks ? k_tiles : k_tiles - 1;
-#pragma unroll 1
-      for (int tile = 0; tile < whole; ++tile) {
-        uint32_t const a = stages.a + state.index * stages.bytes;
-        uint32_t const b = stages.b + state.index * stages.bytes;
-        ring.wait_full(state);
-        load(fragments, a, b, 0);
+      auto k_tile = [&](State const& at) {
+        uint32_t const a = stages.a + at.index * stages.bytes;
+        uint32_t const b = stages.b + at.index * stages.bytes;
+        ring.wait_full(at);
+        if constexpr (prefetches<ActiveM, ActiveN>()) {
+          load(fragments, a, b, 0);
+        }
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
-          if (block + 1 < kBlocks) {
+          if constexpr (!prefetches<ActiveM, ActiveN>()) {
+            load(fragments, a, b, block);
+          } else if (block + 1 < kBlocks) {
             load(fragments, a, b, block + 1);
-          } else {
-            ring.release(state);
+          }
+          if (block + 1 == kBlocks) {
+            ring.release(at);
           }
           multiply<kChains>(fragments, block, accumulators, more);
         }
+      };
+      int left = whole;
+      if constexpr (LapStages > 1) {
+        // Equal in all lanes, which the compiler does not know: uniform registers.
+        left = int(__reduce_max_sync(0xffffffffu, uint32_t(left)));
+        state.index = __reduce_max_sync(0xffffffffu, state.index);
+        state.phase = __reduce_max_sync(0xffffffffu, state.phase);
+      }
+#pragma unroll 1
+      while (left > 0) {
+        if constexpr (LapStages > 1) {
+          if (state.index == 0 && left >= LapStages) {
+            // Whole laps of the ring: all addresses of a stage are constants.
+#pragma unroll 1
+            do {
+#pragma unroll
+              for (uint32_t stage = 0; stage < LapStages; ++stage) {
+                k_tile({stage, state.phase});
+              }
+              state.phase ^= 1;
+              left -= LapStages;
+            } while (left >= LapStages);
+            continue;
+          }
+        }
+        k_tile(state);
         ring.advance(state);
+        --left;
       }
       if (whole < k_tiles) {
         uint32_t const a = stages.a + state.index * stages.bytes;
@@ -130,6 +162,17 @@ class WarpTile {
   }
 
  private:
+  // Whether fragments of the next k-block are loaded before this one's MMAs. On the sm_90a twin every
+  // fragment is widened to FP16 in registers, which beside many accumulators would spill.
+  template <int ActiveM, int ActiveN>
+  __device__ static constexpr bool prefetches() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1200
+    return ActiveM * ActiveN < 8;
+#else
+    return true;
+#endif
+  }
+
   // Two k-blocks in turns. With one atom of B, four matrices are its next two k-blocks: two pairs in
   // turns.
   template <int ActiveM, int ActiveN>

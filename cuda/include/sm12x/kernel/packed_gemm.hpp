@@ -9,8 +9,10 @@
 ///   warp 1    tokens: TMA, or cp.async by all lanes
 ///   others    MMA and epilogue; with two MMA groups (pingpong) they take the CTA's tiles in turns, and
 ///             one group's epilogue hides behind the other's main loop
-/// Registers: at most 65,536 / threads, for all roles alike (no setmaxnreg): 192 threads 255, 320
-/// threads 204 (rounded down to 200 by the launch bound).
+/// Registers: a multiprocessor has 65,536, and warps lie on four quarters of it.
+///   4 MMA warps     6 warps                                       255 each
+///   8 MMA warps    10 warps, at most three in a quarter           168 each
+///   8, large tile  12 warps: 4 producers (2 idle) and 8 MMA        120 and 192 each (setmaxnreg)
 ///
 /// A stage is complete when its bytes have landed and both producers have arrived; it is empty when
 /// every MMA warp of the group that reads it has released it.
@@ -20,6 +22,7 @@
 #include <cstdint>
 
 #include <cute/numeric/integral_constant.hpp>
+#include <cutlass/arch/reg_reconfig.h>
 #include <sm12x/abi.h>
 #include <sm12x/arch/copy.hpp>
 #include <sm12x/arch/grid.hpp>
@@ -68,10 +71,16 @@ class PackedGemm {
 
   static constexpr int kWeightsWarp = 0;
   static constexpr int kTokensWarp = 1;
-  static constexpr int kProducerWarps = 2;
   static constexpr int kGroupWarps = Config::kWarpsM * Config::kWarpsN;
   static constexpr int kMmaWarps = kGroupWarps * Config::kMmaGroups;
+  // Large tiles need more registers in the MMA warps than an equal share: the producers are a warp group
+  // then, half of it idle, that gives its own away.
+  static constexpr bool kMovesRegisters = kMmaWarps == 8 && kAtomsM * kAtomsN >= 8;
+  static constexpr int kProducerWarps = kMovesRegisters ? 4 : 2;
   static constexpr int kThreads = 32 * (kProducerWarps + kMmaWarps);
+  static constexpr int kProducerRegisters = 120;
+  static constexpr int kMmaRegisters = 192;
+  static_assert(128 * kProducerRegisters + 256 * kMmaRegisters <= 384 * 168);
 
   using Schedule = PackedSchedule<Config::kSwapAb, kTokens, kFeatures, kTileK>;
   // Under swap_ab a piece has any number of strips of 8 features. It comes in boxes of 1, 2, 4, 8 and 16
@@ -96,6 +105,16 @@ class PackedGemm {
   static constexpr int kStages =
       (kSharedBytes - kBarrierBytes) / (kBoxes * kBoxBytes + kTokenBytes);
   static_assert(kStages >= 2, "two stages of this tile need more shared memory than SM12x has");
+
+  // Unrolled over the ring, a loop with many MMAs has fewer other instructions; short ones would only grow.
+  // On the sm_90a twin, whose fragments take more registers, it would spill.
+  __device__ static constexpr int lap_stages() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1200
+    return 0;
+#else
+    return Config::kSwapAb ? 0 : kStages;
+#endif
+  }
 
   // Atoms of a warp lie as far apart as the warps of the group reach together, so that a short piece
   // keeps all warps busy; 8-row atoms go in pairs.
@@ -187,16 +206,19 @@ class PackedGemm {
                                        PackedWork const& work, State& state) {
     constexpr int kChunks = kTileK / 16;
     constexpr int kRowsAtOnce = 32 / kChunks;
-    constexpr int kRows = kTokens / kRowsAtOnce;  // of one lane
-    static_assert(kRows * kRowsAtOnce == kTokens);
-    int const chunk = threadIdx.x % 32 % kChunks;
-    int const first_row = threadIdx.x % 32 / kChunks;
+    constexpr int kCopies = kTokens / kRowsAtOnce;  // of one lane, for one k-tile
+    static_assert(kCopies * kRowsAtOnce == kTokens);
+    int const lane = threadIdx.x % 32;
+    int const chunk = lane % kChunks;
+    int const first_row = lane / kChunks;
     auto const* const a = reinterpret_cast<char const*>(params.a);
-    int rows[kRows];
+    // Lane l holds rows l, l + 32, ... of a; -1 where there is none.
+    constexpr int kHeld = (kTokens + 31) / 32;
+    int held[kHeld];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      int const row = first_row + i * kRowsAtOnce;
-      rows[i] = row < work.rows ? int(indexed_row(params, work.row + row)) : -1;
+    for (int i = 0; i < kHeld; ++i) {
+      int const row = lane + 32 * i;
+      held[i] = row < work.rows ? int(indexed_row(params, work.row + row)) : -1;
     }
 #pragma unroll 1
     for (int k = work.k_begin; k < work.k_end; ++k) {
@@ -205,10 +227,12 @@ class PackedGemm {
       int const at = k * kTileK + chunk * 16;
       bool const inside = at < params.k;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        bool const valid = inside && rows[i] >= 0;
-        arch::copy_16_bytes(to + Tile::swizzled(first_row + i * kRowsAtOnce, chunk),
-                            valid ? a + rows[i] * params.stride_a + at : a, valid);
+      for (int i = 0; i < kCopies; ++i) {
+        int const row = first_row + i * kRowsAtOnce;
+        int const from = __shfl_sync(0xffffffffu, held[i * kRowsAtOnce / 32], row % 32);
+        bool const valid = inside && from >= 0;
+        arch::copy_16_bytes(to + Tile::swizzled(row, chunk),
+                            valid ? a + from * params.stride_a + at : a, valid);
       }
       arch::arrive_on_copies(ring.full_barrier(state));
       ring.advance(state);
@@ -230,15 +254,25 @@ class PackedGemm {
     typename Tile::Stages const operands = {Config::kSwapAb ? stages.first : tokens,
                                             Config::kSwapAb ? tokens : stages.first, stages.bytes};
     Tile const tile(at_m, at_n, work.feature_end - work.feature);
-    Store const store(params, work, Config::kSwapAb ? at_n : at_m, Config::kSwapAb ? at_m : at_n);
     int const k_tiles = int(schedule.k_tiles());
     int const count = work.k_end - work.k_begin;
     int const k_left = params.k - (work.k_end - 1) * kTileK;  // of the last k-tile and behind it
     int const last_blocks =
         k_left < kTileK ? (k_left + Tile::kBlockK - 1) / Tile::kBlockK : Tile::kBlocks;
+    auto request_scales = [&] {
+      return Store(params, work, Config::kSwapAb ? at_n : at_m, Config::kSwapAb ? at_m : at_n);
+    };
+    // Large tiles have no registers left to hold scales through the main loop.
+    auto const early = [&] {
+      if constexpr (!kMovesRegisters) {
+        return request_scales();
+      } else {
+        return 0;
+      }
+    }();
     Accumulators accumulators = {};
     auto run = [&](auto active_m, auto active_n) {
-      tile.template run<decltype(active_m)::value, decltype(active_n)::value>(
+      tile.template run<decltype(active_m)::value, decltype(active_n)::value, lap_stages()>(
           ring, state, operands, count, last_blocks, accumulators);
     };
     if constexpr (Config::kMmaGroups > 1) {
@@ -258,7 +292,11 @@ class PackedGemm {
         return;
       }
     }
-    store.store(accumulators);
+    if constexpr (!kMovesRegisters) {
+      early.store(accumulators);
+    } else {
+      request_scales().store(accumulators);
+    }
   }
 
   // -----------------------------------------------------------------------------------------------
@@ -293,6 +331,38 @@ class PackedGemm {
       arch::wait_on_prerequisite_grids();
       arch::launch_dependent_grids();
     }
+    auto work_on = [&](auto roles) {
+      work<decltype(roles)::value>(params, shared, ring, schedule, stages_of_boxes, warp);
+    };
+    if constexpr (!kMovesRegisters) {
+      work_on(cute::Int<kAllRoles>{});
+    } else if (mma_warp < 0) {
+      cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+      work_on(cute::Int<kProducers>{});
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<kMmaRegisters>();
+      work_on(cute::Int<kMma>{});
+    }
+  }
+
+ private:
+  // Which roles a copy of the loop over the CTA's work serves: all, or those of one warp group, whose
+  // registers then are its own.
+  static constexpr int kAllRoles = 0;
+  static constexpr int kProducers = 1;
+  static constexpr int kMma = 2;
+
+  template <int Roles>
+  __device__ static void work(Params const& params, SharedMemory& shared, Ring& ring,
+                              Schedule& schedule, uint32_t stages_of_boxes, int warp) {
+    int const mma_warp = warp - kProducerWarps;
+    bool const produces = Roles == kProducers || (Roles == kAllRoles && mma_warp < 0);
+    // Nothing happens on the SM until the producers know their work, so the MMA warps, which will wait for
+    // data anyway, stay out of their way until then.
+    constexpr int kProducersKnow = 1;  // named barrier
+    if (!produces) {
+      arch::wait_at_barrier(kProducersKnow, kThreads);
+    }
     schedule.start();
     // A stage is as long as the CTA's largest piece: short pieces have more of them.
     uint32_t const boxes = Config::kSwapAb ? schedule.largest_piece() : 1;
@@ -300,29 +370,40 @@ class PackedGemm {
     stages.first = arch::shared_address(shared.stages);
     stages.weight_bytes = boxes * kBoxBytes;
     stages.bytes = stages.weight_bytes + kTokenBytes;
-    ring.set_stages(__shfl_sync(0xffffffffu, stages_of_boxes, boxes - 1));
-    State state = mma_warp < 0 ? Ring::producer_start() : State{};
+    ring.set_stages(Config::kSwapAb ? __shfl_sync(0xffffffffu, stages_of_boxes, boxes - 1)
+                                    : kStages);
+    State state = produces ? Ring::producer_start() : State{};
     PackedWork work;
-    for (int turn = 0; schedule.next(work); ++turn) {
-      if (warp == kWeightsWarp) {
+    for (int turn = 0;; ++turn) {
+      bool const found = schedule.next(work);
+      if (turn == 0 && produces) {
+        arch::arrive_at_barrier(kProducersKnow, kThreads);
+      }
+      // A vote, so that the compiler sees that no warp diverges here.
+      if (!__any_sync(0xffffffffu, found)) {
+        break;
+      }
+      if (Roles != kMma && warp == kWeightsWarp) {
         load_weights(params, ring, stages, work, state);
-      } else if (warp == kTokensWarp) {
-        if (gathers) {
+      } else if (Roles != kMma && warp == kTokensWarp) {
+        if (params.row_index != 0) {
           gather_tokens(params, ring, stages, work, state);
         } else {
           load_tokens(params, ring, stages, work, state);
         }
-      } else if (turn % Config::kMmaGroups == mma_warp / kGroupWarps) {
-        // The first group's first turn is there from the start.
-        uint32_t const phase = turn / Config::kMmaGroups + (turn % Config::kMmaGroups == 0 ? 1 : 0);
-        multiply(params, shared, ring, stages, schedule, work, mma_warp, phase % 2, state);
-      } else {
-        ring.advance(state, work.k_end - work.k_begin);
+      } else if (Roles != kProducers && mma_warp >= 0) {
+        if (turn % Config::kMmaGroups == mma_warp / kGroupWarps) {
+          // The first group's first turn is there from the start.
+          uint32_t const phase =
+              turn / Config::kMmaGroups + (turn % Config::kMmaGroups == 0 ? 1 : 0);
+          multiply(params, shared, ring, stages, schedule, work, mma_warp, phase % 2, state);
+        } else {
+          ring.advance(state, work.k_end - work.k_begin);
+        }
       }
     }
   }
 
- private:
   // Calls `run` with the atoms that hold something of the piece. Under swap_ab: of the m side those with
   // features, none perhaps (the warp then only hands the stages on); of a wide n side those with
   // tokens, in steps of two.

@@ -74,10 +74,7 @@ class GroupWalker {
     }
     Count const tiles = window_end_;
     if (window_ > 0) {
-      window_ = -kWindow;
-      window_start_ = 0;
-      window_end_ = 0;
-      decreases_ = false;
+      restart();
     }
     return tiles;
   }
@@ -120,6 +117,14 @@ class GroupWalker {
 
   __device__ static uint32_t token_tiles_of(int rows) {
     return (uint32_t(rows) + TileTokens - 1) / TileTokens;
+  }
+
+  __device__ void restart() {
+    window_ = -kWindow;
+    window_start_ = 0;
+    window_end_ = 0;
+    carried_ = 0;
+    decreases_ = false;
   }
 
   __device__ bool next_window() {
@@ -288,9 +293,13 @@ class PackedSchedule {
 
   /// Reads the bounds and finds this CTA's share.
   __device__ void start() {
+    turn_ = blockIdx.x;
+    if (!Runs && !splits_) {
+      return;
+    }
+    uint32_t const tiles = uint32_t(walker_.total());
     if (splits_) {
-      units_ = uint32_t(walker_.total()) *
-               ((uint32_t(params_.n) + TileFeatures - 1) / TileFeatures) * k_tiles_;
+      units_ = tiles * ((uint32_t(params_.n) + TileFeatures - 1) / TileFeatures) * k_tiles_;
       uint32_t const most = units_ / uint32_t(params_.least_units);
       runs_ = most < 1 ? 1 : min(most, gridDim.x);
       if (blockIdx.x < runs_) {
@@ -298,7 +307,6 @@ class PackedSchedule {
         end_ = (blockIdx.x + 1) * units_ / runs_;
       }
     } else if (Runs) {
-      uint32_t const tiles = walker_.total();
       units_ = tiles * strips_;
       if (tiles > 0 && 4 * tiles <= gridDim.x) {
         uint32_t const ctas = uint32_t((float(gridDim.x) + 0.5f) * __frcp_rn(float(tiles)));
@@ -447,7 +455,7 @@ class PackedSchedule {
   uint32_t runs_ = 1;
   uint32_t unit_ = 0;  // of the run: the next one that is not yet in work
   uint32_t end_ = 0;
-  Count turn_ = blockIdx.x;
+  Count turn_;
   // Runs: the strips of the current group that are left, the piece in work, its next tile of tokens.
   uint32_t strip_ = 0;
   uint32_t strip_end_ = 0;
