@@ -16,7 +16,8 @@ from sm12x.emulator.counting.counters import Counters, Work
 from sm12x.manifest import Variant
 
 PACKED, PTR_ARRAY = "fp8_packed", "fp8_ptr_array"
-STRIP = 16  # features that a swapped packed kernel divides its work by
+STRIP = 8  # features that swapped packed kernels share their work by
+ATOM = 16  # features that an MMA of theirs computes
 BLOCK_K = 32  # depth of an MMA
 FORM = "block_scaled"
 
@@ -78,12 +79,25 @@ def tokens_computed(variant: Variant, rows: int) -> int:
 
 
 def multiply_adds(variant: Variant, call: Call) -> int:
-    """Of all MMAs that a kernel issues. The packed family computes strips of 16 features where operands are
-    swapped, and k-blocks of 32 that hold something; the other family whole tiles."""
+    """Of the MMAs that a kernel issues, at least. The packed family computes the features that are there
+    where operands are swapped, and k-blocks of 32 that hold something; the other family whole tiles. Exact
+    but for swapped packed kernels, which compute a strip more where a piece of work has an odd number of
+    them."""
     packed = variant.family == PACKED
-    features = up(call.n, STRIP if packed and variant.swap_ab else variant.feature_tile)
+    features = up(call.n, ATOM if packed and variant.swap_ab else variant.feature_tile)
     depth = up(call.k, BLOCK_K if packed else variant.tile[2])
     return sum(tokens_computed(variant, rows) for rows in call.rows) * features * depth
+
+
+def most_multiply_adds(variant: Variant, call: Call, ctas: int) -> int:
+    """Of the MMAs that a kernel issues, at most: a strip more for every piece of work that there may be."""
+    least = multiply_adds(variant, call)
+    if variant.family != PACKED or not variant.swap_ab:
+        return least
+    # A CTA's part of a group is cut into tiles, or where it is less than two into halves.
+    pieces = 2 * (ctas + 1) + -(-call.n // variant.feature_tile)
+    tokens = sum(tokens_computed(variant, rows) for rows in call.rows)
+    return least + pieces * STRIP * tokens * up(call.k, BLOCK_K)
 
 
 def tiles(variant: Variant, call: Call) -> int:

@@ -58,7 +58,7 @@ def test_the_least_bytes_are_those_of_groups_with_rows():
 def test_the_busiest_cta_has_whole_tiles_or_an_equal_run_of_strips():
     assert kernel_work.tiles(WIDE, CALL) == 3 * 2
     assert kernel_work.busiest_share(WIDE, CALL, 4) == pytest.approx(2 / 6)
-    units = (2 + 25) * 13
+    units = (2 + 25) * 25
     assert kernel_work.busiest_share(NARROW, CALL, 4) == pytest.approx(-(-units // 4) / units)
     assert kernel_work.busiest_share(WIDE, Call((0,), 8, 16), 4) == 0
 
