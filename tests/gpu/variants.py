@@ -1,8 +1,10 @@
 """The GEMM variants that the manifest has for this machine's device (for the twin where there is no
-device).
+device), and the names under which `variant=` forces them.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from sm12x.manifest import Variant
 from sm12x.validation.variants import gemm_variants
@@ -20,7 +22,37 @@ def _arch() -> str:
     return "sm_90a"
 
 
+@dataclass(frozen=True)
+class Forced:
+    """A variant of the family fp8_packed as a caller forces it: whole tiles, or split-K."""
+
+    variant: Variant
+    split: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.key}:split" if self.split else self.variant.key
+
+    @property
+    def tile(self) -> int:
+        """Rows of one tile on the token side."""
+        return self.variant.token_tile
+
+
+def forced(arch: str) -> list[Forced]:
+    """Every variant of fp8_packed in both ways."""
+    return [Forced(v, split) for v in gemm_variants(arch, "fp8_packed") for split in (False, True)]
+
+
+def forced_names(arch: str, family: str, out: str) -> list[str]:
+    """Every name of `variant=` in a family that writes `out`."""
+    if family == "fp8_packed":
+        return [each.name for each in forced(arch)]
+    return [v.key for v in gemm_variants(arch, family) if out in v.outs]
+
+
 VARIANTS: list[Variant] = gemm_variants(_arch())
+FORCED: list[Forced] = forced(_arch())
 
 
 def key(variant: Variant) -> str:
@@ -28,4 +60,9 @@ def key(variant: Variant) -> str:
     return variant.key
 
 
-__all__ = ["VARIANTS", "Variant", "key"]
+def name(each: Forced) -> str:
+    """Test id of a forced variant."""
+    return each.name
+
+
+__all__ = ["FORCED", "VARIANTS", "Forced", "Variant", "forced", "forced_names", "key", "name"]
