@@ -348,7 +348,7 @@ def main() -> int:
         "clock_mhz": device_attribute(gpu.device, "CU_DEVICE_ATTRIBUTE_CLOCK_RATE") / 1e3,
         "cuda_major": gpu.device.major,
         "versions": versions(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(sys.argv),
         "ceilings": ceilings(gpu, floor),
         "rows": [],
         "not_run": [],
@@ -367,6 +367,16 @@ def main() -> int:
     print("\n".join(["", *gates.describe(report)]))
     print(f"{len(result['rows'])} rows in {result['seconds']} s, {path}")
     return 0 if report.held and not result["not_run"] and not result["failed"] else 1
+
+
+def command(arguments: list[str]) -> str:
+    """The command line without the paths of results, which mean nothing elsewhere."""
+    kept = ["python", f"tests/benchmarks/{Path(arguments[0]).name}"]
+    paths = ("--json", "--markdown", "--plot", "--peer")
+    for before, each in zip(["", *arguments[1:]], arguments[1:], strict=False):
+        if each.split("=")[0] not in paths and before not in paths:
+            kept.append(each)
+    return " ".join(kept)
 
 
 def write(result: dict[str, Any], report: gates.Report, options: argparse.Namespace) -> Path:
