@@ -35,7 +35,7 @@ import gates  # noqa: E402
 import vllm_triton  # noqa: E402
 from moe_batch import Batch, Expected, expected, make_batch, our_calls, random_fp8  # noqa: E402
 from read_floor import ReadFloor  # noqa: E402
-from variants import forced_names  # noqa: E402
+from variants import forced_arguments  # noqa: E402
 
 import sm12x  # noqa: E402
 from sm12x import driver  # noqa: E402
@@ -73,9 +73,9 @@ class Bench:
         self.gpu, self.kernel, self.floor = gpu, kernel, floor
         self.stream = torch.cuda.ExternalStream(gpu.stream)
         self.l2 = device_attribute(gpu.device, "CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE")
-        self.forced = [
-            name for family in families for name in forced_names(gpu.device.arch, family, "bfloat16")
-        ]
+        self.forced: dict[str, str] = {}
+        for family in families:
+            self.forced.update(forced_arguments(gpu.device.arch, family, "bfloat16"))
         self.failed: list[str] = []
 
     def ours(
@@ -86,8 +86,8 @@ class Bench:
         workspace = torch.empty(sm12x.workspace_size(weights.shape[1]), dtype=torch.uint8, device="cuda")
         found: dict[str, Contender] = {}
         limit = 0.0
-        names = [("sm12x", None, False), ("sm12x gather", None, True)]
-        for name, variant, gather in [*names, *((key, key, False) for key in self.forced)]:
+        chosen = [("sm12x", None, False), ("sm12x gather", None, True)]
+        for name, variant, gather in [*chosen, *((*each, False) for each in self.forced.items())]:
             calls = our_calls(batches, weights, b_scale, workspace, self.gpu.stream, variant, gather)
             batches[0].out.fill_(float("nan"))
             torch.cuda.synchronize()

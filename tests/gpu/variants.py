@@ -24,13 +24,19 @@ def _arch() -> str:
 
 @dataclass(frozen=True)
 class Forced:
-    """A variant of the family fp8_packed as a caller forces it: whole tiles, or split-K."""
+    """A variant of the family fp8_packed with its mode forced: whole tiles, or split-K."""
 
     variant: Variant
     split: bool
 
     @property
+    def argument(self) -> str:
+        """What `variant=` takes: the key alone would leave the mode to `select`."""
+        return f"{self.variant.key}:{'split' if self.split else 'whole'}"
+
+    @property
     def name(self) -> str:
+        """As results name it."""
         return f"{self.variant.key}:split" if self.split else self.variant.key
 
     @property
@@ -40,15 +46,20 @@ class Forced:
 
 
 def forced(arch: str) -> list[Forced]:
-    """Every variant of fp8_packed in both ways."""
+    """Every variant of fp8_packed in both modes."""
     return [Forced(v, split) for v in gemm_variants(arch, "fp8_packed") for split in (False, True)]
 
 
-def forced_names(arch: str, family: str, out: str) -> list[str]:
-    """Every name of `variant=` in a family that writes `out`."""
+def forced_arguments(arch: str, family: str, out: str) -> dict[str, str]:
+    """What forces every variant of a family that writes `out`, by its name in results. Raises ValueError
+    where there is none."""
     if family == "fp8_packed":
-        return [each.name for each in forced(arch)]
-    return [v.key for v in gemm_variants(arch, family) if out in v.outs]
+        found = {each.name: each.argument for each in forced(arch)}
+    else:
+        found = {v.key: v.key for v in gemm_variants(arch, family) if out in v.outs}
+    if not found:
+        raise ValueError(f"no variant of {family} for {arch} writes {out}")
+    return found
 
 
 VARIANTS: list[Variant] = gemm_variants(_arch())
@@ -62,7 +73,7 @@ def key(variant: Variant) -> str:
 
 def name(each: Forced) -> str:
     """Test id of a forced variant."""
-    return each.name
+    return each.argument
 
 
-__all__ = ["FORCED", "VARIANTS", "Forced", "Variant", "forced", "forced_names", "key", "name"]
+__all__ = ["FORCED", "VARIANTS", "Forced", "Variant", "forced", "forced_arguments", "key", "name"]
