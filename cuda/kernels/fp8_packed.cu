@@ -39,14 +39,14 @@ extern "C" {
 extern __device__ const unsigned sm12x_variant_info[16];
 __device__ const unsigned sm12x_variant_info[16] = {
     Gemm::kThreads,
-    sizeof(Gemm::SharedMemory),
+    Gemm::kSharedBytes,
     Gemm::kStages,
     0u,  // the CTAs lie along x
     Gemm::Split::kBytesPerCta,
     Gemm::kMmaWarps,
     // clang-format off
     3u, Gemm::kTileK, Gemm::kTokens, Gemm::kTileK, 1u,    // a
-    3u, Gemm::kTileK, Gemm::kFeatures, Gemm::kTileK, 1u,  // b
+    3u, Gemm::kTileK, Gemm::kBoxFeatures, Gemm::kTileK, 1u,  // b
     // clang-format on
 };
 }

@@ -42,7 +42,6 @@ class PipelineTmaWarpRelease {
     uint32_t is_leader = 0;
     uint32_t num_consumers = 0;  ///< threads that read one stage
     uint32_t num_producers = 1;
-    uint32_t producer_arrivals = 1;  ///< that complete a stage, besides its bytes
     int initializing_warp = 0;
   };
 
@@ -56,7 +55,7 @@ class PipelineTmaWarpRelease {
       uint32_t const consumer_warps = params.num_consumers / cutlass::NumThreadsPerWarp;
       CUTLASS_PRAGMA_UNROLL
       for (int stage = 0; stage < Stages_; ++stage) {
-        storage_.full[stage].init(params.producer_arrivals);
+        storage_.full[stage].init(1);
         storage_.empty[stage].init(consumer_warps);
       }
     }
@@ -69,17 +68,11 @@ class PipelineTmaWarpRelease {
     storage_.full[state.index()].arrive_and_expect_tx(transaction_bytes_);
   }
 
-  /// As producer_acquire(), with a word for the stage's consumers.
+  /// Likewise, with a word for the stage's consumers.
   CUTLASS_DEVICE void producer_acquire(PipelineState state, int32_t word) {
     storage_.empty[state.index()].wait(state.phase());
     storage_.word[state.index()] = word;
     storage_.full[state.index()].arrive_and_expect_tx(transaction_bytes_);
-  }
-
-  /// Waits until the stage is empty and announces nothing: the bytes come by cp.async, each thread's
-  /// with an arrival.
-  CUTLASS_DEVICE void producer_wait(PipelineState state) {
-    storage_.empty[state.index()].wait(state.phase());
   }
 
   /// The producer's word, between consumer_wait() and consumer_release().

@@ -16,15 +16,18 @@
 
 namespace sm12x::collective {
 
-template <class Mma, int AtomsM_, int AtomsN_, int TileK_>
+template <class Mma, int AtomsM_, int AtomsN_, int TileK_, int StepM_, int StepN_>
 class WarpTile {
  public:
   static constexpr int kAtomsM = AtomsM_;
   static constexpr int kAtomsN = AtomsN_;
   static constexpr int kTileK = TileK_;
+  static constexpr int kStepM = StepM_;  // rows from one atom of A to the warp's next
+  static constexpr int kStepN = StepN_;  // rows from one pair of atoms of B to the next
   static constexpr int kBlockK = 32;
   static constexpr int kBlocks = kTileK / kBlockK;
   static_assert(kTileK == 64 || kTileK == 128, "a row is one swizzle row of TMA");
+  static_assert(kStepM % 16 == 0 && kStepN % 16 == 0, "steps that the swizzle does not see");
   static_assert(kAtomsN == 1 || kAtomsN % 2 == 0, "four matrices are two atoms, or two k-blocks");
 
   using Accumulators = float[kAtomsM][kAtomsN][4];
@@ -55,52 +58,63 @@ class WarpTile {
 
   /// Adds the products of `k_tiles` stages, of which the last one has `last_blocks` k-blocks (1 to
   /// kBlocks). Waits for each stage and releases it as soon as its last fragments have been requested:
-  /// shared memory serves a warp's loads and its arrival in order. ActiveN: atoms of B that count.
-  template <int ActiveN = kAtomsN, class Pipeline, class State>
-  __device__ void run(Pipeline& pipeline, State& state, Stages const& stages, int k_tiles,
-                      int last_blocks, Accumulators& accumulators) const {
-    Fragments<ActiveN> fragments;
-    int const whole = last_blocks == kBlocks ? k_tiles : k_tiles - 1;
-#pragma unroll 1
-    for (int tile = 0; tile < whole; ++tile) {
-      uint32_t const a = stages.a + state.index() * stages.bytes;
-      uint32_t const b = stages.b + state.index() * stages.bytes;
-      pipeline.consumer_wait(state);
-      load(fragments, a, b, 0);
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        if (block + 1 < kBlocks) {
-          load(fragments, a, b, block + 1);
-        } else {
-          pipeline.consumer_release(state);
-        }
-        multiply(fragments, block, accumulators);
+  /// shared memory serves a warp's loads and its arrival in order. ActiveM, ActiveN: atoms
+  /// that count, from the first.
+  template <int ActiveM, int ActiveN, class Ring, class State>
+  __device__ void run(Ring& ring, State& state, Stages const& stages, int k_tiles, int last_blocks,
+                      Accumulators& accumulators) const {
+    if constexpr (ActiveM == 0) {
+      // Waits too: a warp that ran ahead would release a stage of the ring's next turn.
+      for (int tile = 0; tile < k_tiles; ++tile) {
+        ring.wait_full(state);
+        ring.release(state);
+        ring.advance(state);
       }
-      ++state;
-    }
-    if (whole < k_tiles) {
-      uint32_t const a = stages.a + state.index() * stages.bytes;
-      uint32_t const b = stages.b + state.index() * stages.bytes;
-      pipeline.consumer_wait(state);
+    } else {
+      Fragments<ActiveM, ActiveN> fragments;
+      int const whole = last_blocks == kBlocks ? k_tiles : k_tiles - 1;
+#pragma unroll 1
+      for (int tile = 0; tile < whole; ++tile) {
+        uint32_t const a = stages.a + state.index * stages.bytes;
+        uint32_t const b = stages.b + state.index * stages.bytes;
+        ring.wait_full(state);
+        load(fragments, a, b, 0);
 #pragma unroll
-      for (int block = 0; block + 1 < kBlocks; ++block) {
-        if (block < last_blocks) {
-          load(fragments, a, b, block);
+        for (int block = 0; block < kBlocks; ++block) {
+          if (block + 1 < kBlocks) {
+            load(fragments, a, b, block + 1);
+          } else {
+            ring.release(state);
+          }
           multiply(fragments, block, accumulators);
         }
+        ring.advance(state);
       }
-      pipeline.consumer_release(state);
-      ++state;
+      if (whole < k_tiles) {
+        uint32_t const a = stages.a + state.index * stages.bytes;
+        uint32_t const b = stages.b + state.index * stages.bytes;
+        ring.wait_full(state);
+#pragma unroll
+        for (int block = 0; block + 1 < kBlocks; ++block) {
+          if (block < last_blocks) {
+            load(fragments, a, b, block);
+            multiply(fragments, block, accumulators);
+          }
+        }
+        ring.release(state);
+        ring.advance(state);
+      }
     }
   }
 
  private:
   // Two k-blocks in turns. With one atom of B, four matrices are its next two k-blocks: two pairs in
   // turns.
-  template <int ActiveN>
+  template <int ActiveM, int ActiveN>
   struct Fragments {
+    static constexpr int kActiveM = ActiveM;
     static constexpr int kActiveN = ActiveN;
-    uint32_t a[2][kAtomsM][4];
+    uint32_t a[2][ActiveM][4];
     uint32_t b[2][ActiveN][kAtomsN == 1 ? 4 : 2];
   };
 
@@ -109,9 +123,9 @@ class WarpTile {
     uint32_t const from_a = a + (offset_a_ ^ (block * kBlockK));
     uint32_t const from_b = b + (offset_b_ ^ (block * kBlockK));
 #pragma unroll
-    for (int m = 0; m < kAtomsM; ++m) {
+    for (int m = 0; m < Fragments::kActiveM; ++m) {
       auto& atom = to.a[block % 2][m];
-      arch::load_matrices(from_a + m * 16 * kTileK, atom[0], atom[1], atom[2], atom[3]);
+      arch::load_matrices(from_a + m * kStepM * kTileK, atom[0], atom[1], atom[2], atom[3]);
     }
     if constexpr (kAtomsN == 1) {
       if (block % 2 == 0) {
@@ -122,8 +136,8 @@ class WarpTile {
 #pragma unroll
       for (int n = 0; n < Fragments::kActiveN; n += 2) {
         auto& atoms = to.b[block % 2];
-        arch::load_matrices(from_b + n * 8 * kTileK, atoms[n][0], atoms[n][1], atoms[n + 1][0],
-                            atoms[n + 1][1]);
+        arch::load_matrices(from_b + n / 2 * kStepN * kTileK, atoms[n][0], atoms[n][1],
+                            atoms[n + 1][0], atoms[n + 1][1]);
       }
     }
   }
@@ -135,7 +149,7 @@ class WarpTile {
       uint32_t const* b =
           kAtomsN == 1 ? &from.b[block / 2 % 2][n][block % 2 * 2] : from.b[block % 2][n];
 #pragma unroll
-      for (int m = 0; m < kAtomsM; ++m) {
+      for (int m = 0; m < Fragments::kActiveM; ++m) {
         uint32_t const(&a)[4] = from.a[block % 2][m];
         float (&c)[4] = d[m][n];
         Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2],

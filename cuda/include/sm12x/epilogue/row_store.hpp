@@ -20,45 +20,19 @@
 
 namespace sm12x::epilogue {
 
-template <bool SwapAb, int AtomsM, int AtomsN>
+/// StepM, StepN: rows from one atom on the m side, and from one pair of atoms on the n side, to the next.
+template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
 class RowStore {
  public:
   using Accumulators = float[AtomsM][AtomsN][4];
 
   /// The warp's part of the tile begins at `token` and `feature` of the tile. Requests all scales, which
   /// the main loop gives time to arrive.
-  __device__ RowStore(sm12x_packed_params const& params, kernel::PackedTile const& tile, int token,
+  __device__ RowStore(sm12x_packed_params const& params, kernel::PackedWork const& tile, int token,
                       int feature)
       : params_(params), tile_(tile), token_(token), feature_(tile.feature + feature) {
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      int const in_tile = token_ + token_at(i);
-      bool const inside = in_tile < tile_.rows;
-      token_scale_[i] = inside ? token_scale(in_tile) : 0.0f;
-      row_weight_[i] = 1.0f;
-      if (params_.row_weight != 0 && inside) {
-        row_weight_[i] =
-            reinterpret_cast<float const*>(params_.row_weight)[first_row() + tile_.row + in_tile];
-      }
-    }
-    float const all =
-        params_.b_scale_mode == SM12X_SCALE_VALUE ? params_.b_scale_value
-        : params_.b_scale_mode == SM12X_SCALE_VECTOR
-            ? 0.0f
-            : reinterpret_cast<float const*>(
-                  params_.b_scale)[params_.b_scale_mode == SM12X_SCALE_GROUP ? tile_.group : 0];
-#pragma unroll
-    for (int i = 0; i < kFeatures; ++i) {
-      int const f = feature_ + feature_at(i);
-      bool const inside = f < params_.n;
-      feature_scale_[i] = all;
-      if (params_.b_scale_mode == SM12X_SCALE_VECTOR) {
-        feature_scale_[i] = inside ? reinterpret_cast<float const*>(
-                                         params_.b_scale)[tile_.group * params_.stride_b_scale + f]
-                                   : 0.0f;
-      }
-      bias_[i] = params_.bias != 0 && inside ? bias(tile_.group * params_.stride_bias + f) : 0.0f;
-    }
+    load_token_scales();
+    load_feature_scales();
   }
 
   __device__ void store(Accumulators& accumulators) const {
@@ -98,8 +72,10 @@ class RowStore {
   static constexpr int kFeatures = SwapAb ? 2 * AtomsM : 2 * AtomsN;
 
   __device__ static int lane() { return threadIdx.x % 32; }
-  __device__ static int m_at(int i) { return i / 2 * 16 + i % 2 * 8 + lane() / 4; }
-  __device__ static int n_at(int i) { return i / 2 * 8 + lane() % 4 * 2 + i % 2; }
+  __device__ static int m_at(int i) { return i / 2 * StepM + i % 2 * 8 + lane() / 4; }
+  __device__ static int n_at(int i) {
+    return i / 4 * StepN + i / 2 % 2 * 8 + lane() % 4 * 2 + i % 2;
+  }
   __device__ static int token_at(int i) { return SwapAb ? n_at(i) : m_at(i); }
   __device__ static int feature_at(int i) { return SwapAb ? m_at(i) : n_at(i); }
 
@@ -108,35 +84,67 @@ class RowStore {
     return params_.row_layout == SM12X_ROWS_MASKED ? tile_.group * params_.rows : 0;
   }
 
-  __device__ float token_scale(int in_tile) const {
-    auto const* scale = reinterpret_cast<float const*>(params_.a_scale);
-    switch (params_.a_scale_mode) {
-      case SM12X_SCALE_VECTOR: {
-        int64_t row = first_row() + tile_.row + in_tile;
-        if (params_.row_index != 0) {
-          row = kernel::indexed_row(params_, row);
-          return row < 0 ? 0.0f : scale[row];
+  __device__ void load_token_scales() {
+    auto const* const scale = reinterpret_cast<float const*>(params_.a_scale);
+    bool const per_token = params_.a_scale_mode == SM12X_SCALE_VECTOR;
+    float const all = one_scale(params_.a_scale_mode, scale, params_.a_scale_value);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      int const in_tile = token_ + token_at(i);
+      token_scale_[i] = all;
+      row_weight_[i] = 1.0f;
+      if (in_tile < tile_.rows) {
+        int64_t const row = first_row() + tile_.row + in_tile;
+        if (per_token) {
+          int64_t const of_a = params_.row_index != 0 ? kernel::indexed_row(params_, row) : row;
+          token_scale_[i] = of_a < 0 ? 0.0f : scale[of_a];
         }
-        return scale[row];
+        if (params_.row_weight != 0) {
+          row_weight_[i] = reinterpret_cast<float const*>(params_.row_weight)[row];
+        }
       }
-      case SM12X_SCALE_GROUP:
-        return scale[tile_.group];
-      case SM12X_SCALE_ONE:
-        return scale[0];
-      default:
-        return params_.a_scale_value;
     }
   }
 
-  __device__ float bias(int64_t at) const {
-    switch (params_.bias_type) {
-      case SM12X_BIAS_BFLOAT16:
-        return __bfloat162float(reinterpret_cast<__nv_bfloat16 const*>(params_.bias)[at]);
-      case SM12X_BIAS_FLOAT16:
-        return __half2float(reinterpret_cast<__half const*>(params_.bias)[at]);
-      default:
-        return reinterpret_cast<float const*>(params_.bias)[at];
+  __device__ void load_feature_scales() {
+    auto const* const scale = reinterpret_cast<float const*>(params_.b_scale);
+    bool const per_channel = params_.b_scale_mode == SM12X_SCALE_VECTOR;
+    float const all = one_scale(params_.b_scale_mode, scale, params_.b_scale_value);
+    int64_t const scales = tile_.group * params_.stride_b_scale + feature_;
+    int64_t const biases = tile_.group * params_.stride_bias + feature_;
+#pragma unroll
+    for (int i = 0; i < kFeatures; ++i) {
+      bool const inside = feature_ + feature_at(i) < tile_.feature_end;
+      feature_scale_[i] = per_channel && inside ? scale[scales + feature_at(i)] : all;
+      bias_[i] = 0.0f;
     }
+    if (params_.bias != 0) {
+      if (params_.bias_type == SM12X_BIAS_FLOAT32) {
+        load_bias(reinterpret_cast<float const*>(params_.bias) + biases);
+      } else if (params_.bias_type == SM12X_BIAS_BFLOAT16) {
+        load_bias(reinterpret_cast<__nv_bfloat16 const*>(params_.bias) + biases);
+      } else {
+        load_bias(reinterpret_cast<__half const*>(params_.bias) + biases);
+      }
+    }
+  }
+
+  template <class Element>
+  __device__ void load_bias(Element const* bias) {
+#pragma unroll
+    for (int i = 0; i < kFeatures; ++i) {
+      if (feature_ + feature_at(i) < tile_.feature_end) {
+        bias_[i] = float(bias[feature_at(i)]);
+      }
+    }
+  }
+
+  // The scale of all rows or features of the group; unless each has its own.
+  __device__ float one_scale(int mode, float const* scale, float value) const {
+    if (mode == SM12X_SCALE_GROUP) {
+      return scale[tile_.group];
+    }
+    return mode == SM12X_SCALE_ONE ? scale[0] : value;
   }
 
   template <class Element>
@@ -156,7 +164,7 @@ class RowStore {
           int const on_n = 2 * n + r % 2;
           int const token = token_ + token_at(SwapAb ? on_n : on_m);
           int const feature = feature_ + feature_at(SwapAb ? on_m : on_n);
-          if (token < tile_.rows && feature < params_.n) {
+          if (token < tile_.rows && feature < tile_.feature_end) {
             float const* from = &accumulators[m][n][r];  // two neighbours of a row, unless swapped
             if constexpr (SwapAb) {
               *address<float>(token, feature) = from[0];
@@ -202,10 +210,13 @@ class RowStore {
                                        kPadded ? 0 : pieces[first + 3 - 2 * kPadded]);
       int const row_set = kBlocks == 2 ? first / 2 + quad / 2 : first / kBlocks;
       int const block = kBlocks == 2 ? quad % 2 : first % kBlocks + quad;
-      int const token =
-          token_ + (SwapAb ? row_set * 8 : row_set / 2 * 16 + row_set % 2 * 8) + lane() / 4;
-      int const feature = feature_ + block * 8;
-      if (row_set < kRowSets && token < tile_.rows && feature < params_.n) {
+      // Token row sets and feature blocks, both of 8, in pairs: an atom's on the m side, two atoms' on
+      // the n side.
+      constexpr int kTokenStep = SwapAb ? StepN : StepM;
+      constexpr int kFeatureStep = SwapAb ? StepM : StepN;
+      int const token = token_ + row_set / 2 * kTokenStep + row_set % 2 * 8 + lane() / 4;
+      int const feature = feature_ + block / 2 * kFeatureStep + block % 2 * 8;
+      if (row_set < kRowSets && token < tile_.rows && feature < tile_.feature_end) {
         *reinterpret_cast<uint4*>(address<uint16_t>(token, feature)) = chunk;
       }
     }
@@ -228,7 +239,7 @@ class RowStore {
   }
 
   sm12x_packed_params const& params_;
-  kernel::PackedTile tile_;
+  kernel::PackedWork tile_;
   int token_;
   int feature_;
   float token_scale_[kTokens];

@@ -18,16 +18,16 @@
 
 #include <cstdint>
 
-#include <cutlass/cutlass.h>
+#include <cute/numeric/integral_constant.hpp>
 #include <sm12x/abi.h>
 #include <sm12x/arch/copy.hpp>
 #include <sm12x/arch/grid.hpp>
 #include <sm12x/collective/limits.hpp>
-#include <sm12x/collective/pipeline.hpp>
 #include <sm12x/collective/warp_tile.hpp>
 #include <sm12x/epilogue/row_store.hpp>
 #include <sm12x/kernel/packed_scheduler.hpp>
 #include <sm12x/kernel/split_k.hpp>
+#include <sm12x/kernel/stage_ring.hpp>
 
 namespace sm12x::kernel {
 
@@ -64,162 +64,177 @@ class PackedGemm {
   static_assert(kAtomsN * Config::kWarpsN * 8 == Config::kTileN);
   static_assert(kTokens <= 256 && kFeatures <= 256, "a side of a TMA box is at most 256");
 
+  static constexpr int kWeightsWarp = 0;
+  static constexpr int kTokensWarp = 1;
   static constexpr int kProducerWarps = 2;
   static constexpr int kGroupWarps = Config::kWarpsM * Config::kWarpsN;
   static constexpr int kMmaWarps = kGroupWarps * Config::kMmaGroups;
   static constexpr int kThreads = 32 * (kProducerWarps + kMmaWarps);
 
-  static constexpr int kWeightBytes = kFeatures * kTileK;
+  // Weights come in boxes: under swap_ab strips of 16 features, of which a piece has as many as it has.
+  static constexpr int kBoxFeatures = Config::kSwapAb ? 16 : kFeatures;
+  static constexpr int kBoxes = kFeatures / kBoxFeatures;
+  static constexpr int kBoxBytes = kBoxFeatures * kTileK;
   static constexpr int kTokenBytes = kTokens * kTileK;
-  static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
   static constexpr int kSwizzleAtom = 8 * kTileK;  // bytes after which TMA's swizzle repeats
-  static_assert(kWeightBytes % kSwizzleAtom == 0 && kTokenBytes % kSwizzleAtom == 0);
-  static constexpr int kBarrierBytes = 20;  // of one stage: full, empty, word
-  static constexpr int kStages = (detail::kSharedMemoryBytes - 64) / (kStageBytes + kBarrierBytes);
+  static_assert(kBoxBytes % kSwizzleAtom == 0 && kTokenBytes % kSwizzleAtom == 0);
+  static_assert(kBoxes <= 32, "a lane issues a box");
+
+  static constexpr int kMostStages = 16;
+  using Ring = StageRing<kMostStages>;
+  using State = typename Ring::State;
+  static constexpr int kBarrierBytes = int(sizeof(typename Ring::Storage)) + 8 * Config::kMmaGroups;
+  static constexpr int kStagesBytes = (detail::kSharedMemoryBytes - kBarrierBytes) / 1024 * 1024;
+  static constexpr int kStages = kStagesBytes / (kBoxes * kBoxBytes + kTokenBytes);
   static_assert(kStages >= 2);
 
-  using Pipeline = collective::PipelineTmaWarpRelease<kStages>;
-  using State = typename Pipeline::PipelineState;
-  using Schedule = PackedSchedule<kTokens, kFeatures, kTileK>;
-  using Tile = collective::WarpTile<typename Config::Mma, kAtomsM, kAtomsN, kTileK>;
+  using Schedule = PackedSchedule<Config::kSwapAb, kTokens, kFeatures, kTileK>;
+  // Atoms of a warp lie as far apart as the warps of the group reach together, so that a short piece
+  // keeps all warps busy; 8-row atoms go in pairs.
+  static constexpr int kStepM = 16 * Config::kWarpsM;
+  static constexpr int kStepN = 16 * Config::kWarpsN;
+  using Tile = collective::WarpTile<typename Config::Mma, kAtomsM, kAtomsN, kTileK, kStepM, kStepN>;
   using Accumulators = typename Tile::Accumulators;
   static constexpr int kValues = kAtomsM * kAtomsN * 4;
-  using Split = SplitK<kValues, kMmaWarps>;
-  using Store = epilogue::RowStore<Config::kSwapAb, kAtomsM, kAtomsN>;
+  using Split = SplitK<kValues, kGroupWarps>;
+  using Store = epilogue::RowStore<Config::kSwapAb, kAtomsM, kAtomsN, kStepM, kStepN>;
 
   // -----------------------------------------------------------------------------------------------
   // Shared memory
   // -----------------------------------------------------------------------------------------------
 
-  struct alignas(1024) SharedMemory {
-    char stages[kStages][kStageBytes];  // weights, then tokens
-    typename Pipeline::SharedStorage pipeline;
+  struct SharedMemory {
+    alignas(1024) char stages[kStagesBytes];  // of each stage: weights, then tokens
+    typename Ring::Storage ring;
+    typename Ring::EmptyBarrier turn[Config::kMmaGroups];  // of a group's main loop
   };
-  static_assert(sizeof(SharedMemory) <= detail::kSharedMemoryBytes,
+  static constexpr int kSharedBytes = kStagesBytes + kBarrierBytes;
+  static_assert(kSharedBytes <= detail::kSharedMemoryBytes,
                 "the kernel needs more shared memory than a block of SM12x may use");
 
+  /// Where the stages of a CTA lie: they are as long as its largest piece.
+  struct Stages {
+    uint32_t first;         ///< shared address
+    uint32_t weight_bytes;  ///< of a stage, before its tokens
+    uint32_t bytes;         ///< of a stage
+
+    __device__ uint32_t weights(State const& state) const { return first + state.index * bytes; }
+    __device__ uint32_t tokens(State const& state) const { return weights(state) + weight_bytes; }
+  };
+
   // -----------------------------------------------------------------------------------------------
-  // Roles
+  // Roles: what a warp does with one piece of work
   // -----------------------------------------------------------------------------------------------
 
-  __device__ static void load_weights(Params const& params, SharedMemory& shared,
-                                      Pipeline& pipeline) {
-    Schedule schedule(params);
-    PackedWork work;
-    State state = cutlass::make_producer_start_state<Pipeline>();
-    while (schedule.next(work)) {
-      for (int k = work.k_begin; k < work.k_end; ++k) {
-        if (threadIdx.x % 32 == 0) {
-          pipeline.producer_acquire(state);
-          arch::load_box(&params.map_b, barrier_of(pipeline, state),
-                         arch::shared_address(shared.stages[state.index()]), k * kTileK,
-                         work.tile.feature, work.tile.group);
-        }
-        ++state;
+  __device__ static void load_weights(Params const& params, Ring& ring, Stages const& stages,
+                                      PackedWork const& work, State& state) {
+    int const lane = threadIdx.x % 32;
+    int const boxes = (work.feature_end - work.feature + kBoxFeatures - 1) / kBoxFeatures;
+    for (int k = work.k_begin; k < work.k_end; ++k) {
+      ring.wait_empty(state);
+      if (lane == 0) {
+        ring.arrive_and_expect(state, boxes * kBoxBytes);
       }
+      __syncwarp();
+      if (lane < boxes) {
+        arch::load_box(&params.map_b, ring.full_barrier(state),
+                       stages.weights(state) + lane * kBoxBytes, k * kTileK,
+                       work.feature + lane * kBoxFeatures, work.group);
+      }
+      ring.advance(state);
     }
   }
 
-  __device__ static void load_tokens(Params const& params, SharedMemory& shared,
-                                     Pipeline& pipeline) {
-    Schedule schedule(params);
-    PackedWork work;
-    State state = cutlass::make_producer_start_state<Pipeline>();
-    bool const masked = params.row_layout == SM12X_ROWS_MASKED;
-    while (schedule.next(work)) {
-      for (int k = work.k_begin; k < work.k_end; ++k) {
-        if (threadIdx.x % 32 == 0) {
-          pipeline.producer_acquire(state);
-          arch::load_box(&params.map_a, barrier_of(pipeline, state),
-                         arch::shared_address(shared.stages[state.index()]) + kWeightBytes,
-                         k * kTileK, work.tile.row, masked ? work.tile.group : 0);
-        }
-        ++state;
+  __device__ static void load_tokens(Params const& params, Ring& ring, Stages const& stages,
+                                     PackedWork const& work, State& state) {
+    int const group = params.row_layout == SM12X_ROWS_MASKED ? work.group : 0;
+    for (int k = work.k_begin; k < work.k_end; ++k) {
+      if (threadIdx.x % 32 == 0) {
+        ring.wait_empty(state);
+        ring.arrive_and_expect(state, kTokenBytes);
+        arch::load_box(&params.map_a, ring.full_barrier(state), stages.tokens(state), k * kTileK,
+                       work.row, group);
       }
+      ring.advance(state);
     }
   }
 
   // The same into the same places, row by row. Lanes lie along k first: 16 bytes each.
-  __device__ static void gather_tokens(Params const& params, SharedMemory& shared,
-                                       Pipeline& pipeline) {
+  __device__ static void gather_tokens(Params const& params, Ring& ring, Stages const& stages,
+                                       PackedWork const& work, State& state) {
     constexpr int kChunks = kTileK / 16;
     constexpr int kRowsAtOnce = 32 / kChunks;
     constexpr int kRows = kTokens / kRowsAtOnce;  // of one lane
     static_assert(kRows * kRowsAtOnce == kTokens);
-    int const lane = threadIdx.x % 32;
-    int const chunk = lane % kChunks;
-    int const row_in_tile = lane / kChunks;
-    Schedule schedule(params);
-    PackedWork work;
-    State state = cutlass::make_producer_start_state<Pipeline>();
+    int const chunk = threadIdx.x % 32 % kChunks;
+    int const first_row = threadIdx.x % 32 / kChunks;
     auto const* const a = reinterpret_cast<char const*>(params.a);
-    while (schedule.next(work)) {
-      int rows[kRows];
+    int rows[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      int const row = first_row + i * kRowsAtOnce;
+      rows[i] = row < work.rows ? int(indexed_row(params, work.row + row)) : -1;
+    }
+    for (int k = work.k_begin; k < work.k_end; ++k) {
+      ring.wait_empty(state);
+      uint32_t const to = stages.tokens(state);
+      int const at = k * kTileK + chunk * 16;
+      bool const inside = at < params.k;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        int const row = row_in_tile + i * kRowsAtOnce;
-        rows[i] = row < work.tile.rows ? int(indexed_row(params, work.tile.row + row)) : -1;
+        bool const valid = inside && rows[i] >= 0;
+        arch::copy_16_bytes(to + Tile::swizzled(first_row + i * kRowsAtOnce, chunk),
+                            valid ? a + rows[i] * params.stride_a + at : a, valid);
       }
-      for (int k = work.k_begin; k < work.k_end; ++k) {
-        pipeline.producer_wait(state);
-        uint32_t const to = arch::shared_address(shared.stages[state.index()]) + kWeightBytes;
-        int const at = k * kTileK + chunk * 16;
-        bool const inside = at < params.k;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          bool const valid = inside && rows[i] >= 0;
-          arch::copy_16_bytes(to + Tile::swizzled(row_in_tile + i * kRowsAtOnce, chunk),
-                              valid ? a + rows[i] * params.stride_a + at : a, valid);
-        }
-        arch::arrive_on_copies(barrier_of(pipeline, state));
-        ++state;
-      }
+      arch::arrive_on_copies(ring.full_barrier(state));
+      ring.advance(state);
     }
   }
 
-  __device__ static void multiply(Params const& params, SharedMemory& shared, Pipeline& pipeline,
-                                  int mma_warp) {
+  // Pingpong: a group waits for its turn, or it could take a stage of the ring's last round, which it
+  // did not see, for its own.
+  __device__ static void multiply(Params const& params, SharedMemory& shared, Ring& ring,
+                                  Stages const& stages, Schedule const& schedule,
+                                  PackedWork const& work, int mma_warp, uint32_t turn_phase,
+                                  State& state) {
     int const mma_group = mma_warp / kGroupWarps;
     int const warp_m = mma_warp % kGroupWarps % Config::kWarpsM;
     int const warp_n = mma_warp % kGroupWarps / Config::kWarpsM;
-    int const at_m = warp_m * kAtomsM * 16;
-    int const at_n = warp_n * kAtomsN * 8;
-    uint32_t const weights = arch::shared_address(shared.stages);
-    uint32_t const tokens = weights + kWeightBytes;
-    typename Tile::Stages const stages = {Config::kSwapAb ? weights : tokens,
-                                          Config::kSwapAb ? tokens : weights, kStageBytes};
+    int const at_m = warp_m * 16;
+    int const at_n = warp_n * 16;
+    uint32_t const tokens = stages.first + stages.weight_bytes;
+    typename Tile::Stages const operands = {Config::kSwapAb ? stages.first : tokens,
+                                            Config::kSwapAb ? tokens : stages.first, stages.bytes};
     Tile const tile(at_m, at_n);
-    Split const split(params, mma_warp);
-    Schedule schedule(params);
-    PackedWork work;
-    State state;
-    int turn = 0;
+    Store const store(params, work, Config::kSwapAb ? at_n : at_m, Config::kSwapAb ? at_m : at_n);
     int const k_tiles = int(schedule.k_tiles());
-    int const blocks_of_last =
-        (params.k - (k_tiles - 1) * kTileK + Tile::kBlockK - 1) / Tile::kBlockK;
-    while (schedule.next(work)) {
-      int const count = work.k_end - work.k_begin;
-      if constexpr (Config::kMmaGroups > 1) {
-        if (turn++ % Config::kMmaGroups != mma_group) {
-          state.advance(count);
-          continue;
-        }
-      }
-      Store const store(params, work.tile, Config::kSwapAb ? at_n : at_m,
-                        Config::kSwapAb ? at_m : at_n);
-      Accumulators accumulators = {};
-      int const last_blocks = work.k_end == k_tiles ? blocks_of_last : Tile::kBlocks;
-      run<2>(tile, pipeline, state, stages, count, last_blocks, work.tile.rows, accumulators);
-      if (count < k_tiles) {
-        uint32_t const first = schedule.run_of(work.first_unit);
-        uint32_t const last = schedule.run_of(work.first_unit + k_tiles - 1);
-        if (!split.finishes(first, last, blockIdx.x,
-                            reinterpret_cast<float (&)[kValues]>(accumulators))) {
-          continue;
-        }
-      }
-      store.store(accumulators);
+    int const count = work.k_end - work.k_begin;
+    int const k_left = params.k - (work.k_end - 1) * kTileK;  // of the last k-tile and behind it
+    int const last_blocks =
+        k_left < kTileK ? (k_left + Tile::kBlockK - 1) / Tile::kBlockK : Tile::kBlocks;
+    Accumulators accumulators = {};
+    auto run = [&](auto active_m, auto active_n) {
+      tile.template run<decltype(active_m)::value, decltype(active_n)::value>(
+          ring, state, operands, count, last_blocks, accumulators);
+    };
+    if constexpr (Config::kMmaGroups > 1) {
+      shared.turn[mma_group].wait(turn_phase);
     }
+    dispatch(work, warp_m, run);
+    if constexpr (Config::kMmaGroups > 1) {
+      if (cute::elect_one_sync()) {
+        shared.turn[(mma_group + 1) % Config::kMmaGroups].arrive();
+      }
+    }
+    if (count < k_tiles) {
+      Split const split(params, mma_warp % kGroupWarps);
+      if (!split.finishes(schedule.run_of(work.first_unit),
+                          schedule.run_of(work.first_unit + k_tiles - 1), blockIdx.x,
+                          reinterpret_cast<float (&)[kValues]>(accumulators))) {
+        return;
+      }
+    }
+    store.store(accumulators);
   }
 
   // -----------------------------------------------------------------------------------------------
@@ -228,53 +243,87 @@ class PackedGemm {
 
   __device__ static void body(Params const& params, SharedMemory& shared) {
     int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    int const mma_warp = warp - kProducerWarps;
     bool const gathers = params.row_index != 0;
+    Ring ring(shared.ring);
     if (threadIdx.x == 0) {
       arch::prefetch_tensor_map(&params.map_b);
       if (!gathers) {
         arch::prefetch_tensor_map(&params.map_a);
       }
+      for (int group = 0; Config::kMmaGroups > 1 && group < Config::kMmaGroups; ++group) {
+        shared.turn[group].init(kGroupWarps);
+      }
+      ring.init(1 + (gathers ? 32 : 1), kGroupWarps);
     }
-    typename Pipeline::Params pipeline_params;
-    pipeline_params.transaction_bytes = warp == 0 ? kWeightBytes : kTokenBytes;
-    pipeline_params.num_consumers = 32 * kGroupWarps;
-    pipeline_params.producer_arrivals = 1 + (gathers ? 32 : 1);
-    Pipeline pipeline(shared.pipeline, pipeline_params,
-                      cute::Shape<cute::_1, cute::_1, cute::_1>{});
     __syncthreads();
     if constexpr (Config::kPdl) {
       arch::wait_on_prerequisite_grids();
       arch::launch_dependent_grids();
     }
-    if (warp == 0) {
-      load_weights(params, shared, pipeline);
-    } else if (warp == 1) {
-      if (gathers) {
-        gather_tokens(params, shared, pipeline);
+    Schedule schedule(params);
+    uint32_t const piece = schedule.piece_strips();
+    Stages stages;
+    stages.first = arch::shared_address(shared.stages);
+    stages.weight_bytes = Config::kSwapAb ? piece * kBoxBytes : kBoxBytes;
+    stages.bytes = stages.weight_bytes + kTokenBytes;
+    ring.set_stages(Config::kSwapAb ? min(kStagesBytes / stages.bytes, uint32_t(kMostStages))
+                                    : kStages);
+    State state = mma_warp < 0 ? Ring::producer_start() : State{};
+    PackedWork work;
+    for (int turn = 0; schedule.next(work, piece); ++turn) {
+      if (warp == kWeightsWarp) {
+        load_weights(params, ring, stages, work, state);
+      } else if (warp == kTokensWarp) {
+        if (gathers) {
+          gather_tokens(params, ring, stages, work, state);
+        } else {
+          load_tokens(params, ring, stages, work, state);
+        }
+      } else if (turn % Config::kMmaGroups == mma_warp / kGroupWarps) {
+        // The first group's first turn is there from the start.
+        uint32_t const phase = turn / Config::kMmaGroups + (turn % Config::kMmaGroups == 0 ? 1 : 0);
+        multiply(params, shared, ring, stages, schedule, work, mma_warp, phase % 2, state);
       } else {
-        load_tokens(params, shared, pipeline);
+        ring.advance(state, work.k_end - work.k_begin);
       }
-    } else {
-      multiply(params, shared, pipeline, warp - kProducerWarps);
     }
   }
 
  private:
-  __device__ static uint32_t barrier_of(Pipeline& pipeline, State const& state) {
-    return arch::shared_address(pipeline.producer_get_barrier(state));
+  // Calls `run` with the atoms that hold something of the piece. Under swap_ab: of the m side those with
+  // features, none perhaps (the warp then only hands the stages on); of a wide n side those with
+  // tokens, in steps of two.
+  template <class Run>
+  __device__ static void dispatch(PackedWork const& work, int warp_m, Run const& run) {
+    if constexpr (!Config::kSwapAb) {
+      run(cute::Int<kAtomsM>{}, cute::Int<kAtomsN>{});
+    } else {
+      int const strips = (work.feature_end - work.feature + 15) / 16;
+      int const active = (strips - warp_m + Config::kWarpsM - 1) / Config::kWarpsM;
+      dispatch_m<kAtomsM>(active, work.rows, run);
+    }
   }
 
-  // A swapped tile of many tokens computes only the atoms that hold the group's, in steps of two.
-  template <int ActiveN>
-  __device__ static void run(Tile const& tile, Pipeline& pipeline, State& state,
-                             typename Tile::Stages const& stages, int count, int last_blocks,
-                             int rows, Accumulators& accumulators) {
-    if constexpr (!Config::kSwapAb || kAtomsN < 8 || ActiveN >= kAtomsN) {
-      tile.run(pipeline, state, stages, count, last_blocks, accumulators);
-    } else if (rows <= ActiveN * 8) {
-      tile.template run<ActiveN>(pipeline, state, stages, count, last_blocks, accumulators);
+  template <int ActiveM, class Run>
+  __device__ static void dispatch_m(int active, int rows, Run const& run) {
+    if constexpr (ActiveM == 0) {
+      run(cute::Int<0>{}, cute::Int<0>{});
+    } else if (active >= ActiveM) {
+      dispatch_n<ActiveM, (kAtomsN < 8 ? kAtomsN : 2)>(rows, run);
     } else {
-      run<ActiveN + 2>(tile, pipeline, state, stages, count, last_blocks, rows, accumulators);
+      dispatch_m<ActiveM - 1>(active, rows, run);
+    }
+  }
+
+  template <int ActiveM, int ActiveN, class Run>
+  __device__ static void dispatch_n(int rows, Run const& run) {
+    if constexpr (ActiveN >= kAtomsN) {
+      run(cute::Int<ActiveM>{}, cute::Int<kAtomsN>{});
+    } else if (rows <= ActiveN * 8) {
+      run(cute::Int<ActiveM>{}, cute::Int<ActiveN>{});
+    } else {
+      dispatch_n<ActiveM, ActiveN + 2>(rows, run);
     }
   }
 };

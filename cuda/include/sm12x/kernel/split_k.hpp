@@ -15,7 +15,7 @@
 
 namespace sm12x::kernel {
 
-/// Values: accumulators of one lane, a multiple of four. Warps: MMA warps of a CTA.
+/// Values: accumulators of one lane, a multiple of four. Warps: MMA warps that share a tile.
 template <int Values, int Warps>
 class SplitK {
  public:

@@ -142,11 +142,17 @@ def _remainder(a: Array, b: Array) -> Array:
     return result
 
 
-@instruction(*(f"min.{kind}" for kind in TYPES), *(f"max.{kind}" for kind in TYPES))
+@instruction(
+    *(f"min.{kind}" for kind in TYPES),
+    *(f"max.{kind}" for kind in TYPES),
+    *(f"{name}.relu.s32" for name in ("min", "max")),
+)
 def min_max(i: Instruction, e: Emitter) -> None:
     kind = type_of(i)
     d, a, b = i.operands
     text = f"{i.opcode[0]}imum({seen(e.value(a, kind), kind)}, {seen(e.value(b, kind), kind)})"
+    if "relu" in i.opcode:
+        text = f"maximum({text}, 0)"
     e.assign(d, kind, bits_of(text, kind))
 
 
