@@ -33,9 +33,9 @@ sys.path[:0] = [str(ROOT / "runtime"), str(HERE), str(ROOT / "tests" / "gpu")]
 
 import gates  # noqa: E402
 import vllm_triton  # noqa: E402
+from forced import forced_arguments  # noqa: E402
 from moe_batch import Batch, Expected, expected, make_batch, our_calls, random_fp8  # noqa: E402
 from read_floor import ReadFloor  # noqa: E402
-from variants import forced_arguments  # noqa: E402
 
 import sm12x  # noqa: E402
 from sm12x import driver  # noqa: E402
@@ -365,7 +365,8 @@ def main() -> int:
     result["gates"] = {"held": report.held, "mma_rate": report.mma_rate, "report": gates.describe(report)}
     path = write(result, report, options)
     print("\n".join(["", *gates.describe(report)]))
-    print(f"{len(result['rows'])} rows in {result['seconds']} s, {path}")
+    word = "hold" if report.held else "do NOT hold"
+    print(f"{path.name}: {len(result['rows'])} rows in {result['seconds']} s, the gates {word}")
     return 0 if report.held and not result["not_run"] and not result["failed"] else 1
 
 

@@ -183,11 +183,10 @@ def main() -> int:
         print(text)
     for name, absent in result["missing"].items():
         print(f"{name}: no problem with {', '.join(absent)}")
-    worst = f"worst error {result['worst_error_ratio']} of its bound"
+    print(f"each of {len(chosen)} variants met each edge {result['least_cases_of_a_fact']} times or more")
     print(
-        f"{result['checked']} of {result['wanted']} problems checked on {len(chosen)} forced variants, "
-        f"{len(result['failed'])} failed, {worst}, each variant met each edge "
-        f"{result['least_cases_of_a_fact']} times or more; master seed {options.seed}, {result['seconds']} s"
+        f"{result['checked']} of {result['wanted']} problems checked, {len(result['failed'])} failed, worst "
+        f"error {result['worst_error_ratio']} of its bound, master seed {options.seed}, {result['seconds']} s"
     )
     complete = result["checked"] == result["wanted"] and not result["missing"]
     return 0 if complete and not result["failed"] else 1
