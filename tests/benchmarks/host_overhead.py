@@ -1,12 +1,11 @@
-"""What a call costs the host: packed calls against a bare cuLaunchKernel, `import sm12x`, and the first
-result.
+"""What a call costs the host: packed, gathered and masked calls against a bare cuLaunchKernel, `import
+sm12x`, and the first result.
 
     python tests/benchmarks/host_overhead.py [--json FILE] [--calls N]
 
-Packed calls of the family fp8_packed, rows sorted by expert and rows gathered through a row_index. Each call
-gets fresh tensor objects (made before the clock starts) and another activation pointer; out and workspace are
-given, caches are warm. Beside each call, in the same loop, one ctypes cuLaunchKernel of an empty kernel is
-timed.
+Each call gets fresh tensor objects (made before the clock starts) and another activation pointer; out and
+workspace are given, caches are warm. Beside each call, in the same loop, one ctypes cuLaunchKernel of an
+empty kernel is timed.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT / "runtime")]
 
 LIMIT_CALL_US = 10.0
+LAYOUTS = ("packed", "gathered", "masked")
 LIMIT_IMPORT_MS = 60.0
 LIMIT_FIRST_MS = 100.0
 BATCH = 64  # calls between two waits for the device, so that its queue never fills and blocks the host
@@ -56,68 +57,83 @@ def empty_launch(stream: int) -> Any:
     return call
 
 
-def packed_calls(calls: int, gather: bool) -> dict[str, float]:
-    """Mean microseconds of a packed call and of the bare launch beside it."""
+def fresh_arguments(layout: str, workspace_size: Any, device: str = "cuda") -> Any:
+    """A function that gives the arguments of the call of a number: new tensor objects, another part of the
+    activations and of `out` each time. `layout`: "packed", "gathered" (with row weights) or "masked"."""
+    import torch
+
+    experts, rows, n, k, pool = 8, 32, 264, 272, 61
+    most = rows // experts  # rows of each expert
+    fp8 = torch.float8_e4m3fn
+    a = torch.zeros((pool * rows, k), dtype=torch.uint8, device=device).view(fp8)
+    b = torch.zeros((experts, n, k), dtype=torch.uint8, device=device).view(fp8)
+    a_scale = torch.ones(pool * rows, device=device)
+    row_weight = torch.ones(pool * rows, device=device)
+    b_scale = torch.ones((experts, n), device=device)
+    offsets = torch.arange(0, rows + 1, most, dtype=torch.int32, device=device)
+    counts = torch.full((experts,), most, dtype=torch.int32, device=device)
+    row_index = torch.arange(rows, dtype=torch.int32, device=device).repeat(pool)
+    out = torch.empty((pool * rows, n), dtype=torch.bfloat16, device=device)
+    workspace = torch.empty(workspace_size(experts), dtype=torch.uint8, device=device)
+
+    def arguments(index: int) -> dict[str, Any]:
+        part = slice(index % pool * rows, (index % pool + 1) * rows)
+        shared = {"b": b[:], "b_scale": b_scale[:], "workspace": workspace[:]}
+        if layout == "masked":
+            rows_of = experts, most
+            return {
+                **shared,
+                "a": a[part].view(*rows_of, k),
+                "a_scale": a_scale[part].view(rows_of),
+                "rows": counts[:],
+                "out": out[part].view(*rows_of, n),
+            }
+        packed = {**shared, "a": a[part], "a_scale": a_scale[part], "offsets": offsets[:], "out": out[part]}
+        if layout == "gathered":
+            return {**packed, "row_index": row_index[part], "row_weight": row_weight[part]}
+        return packed
+
+    return arguments
+
+
+def mean_costs(call: Any, bare: Any, fresh: Any, calls: int, synchronize: Any) -> tuple[int, float, float]:
+    """How many calls were counted, and mean microseconds of a call and of the bare launch beside it."""
+    total = bare_total = 0
+    clock = time.perf_counter_ns
+    for index in range(-4 * BATCH, calls, BATCH):  # the first batches warm caches and are not counted
+        arguments = [fresh(i) for i in range(max(0, index), max(0, index) + BATCH)]
+        synchronize()
+        spent = bare_spent = 0
+        for each in arguments:
+            start = clock()
+            call(**each)
+            middle = clock()
+            bare()
+            end = clock()
+            spent += middle - start
+            bare_spent += end - middle
+        if index >= 0:
+            total += spent
+            bare_total += bare_spent
+    counted = -(-calls // BATCH) * BATCH
+    synchronize()
+    return counted, total / counted / 1e3, bare_total / counted / 1e3
+
+
+def packed_call(calls: int, layout: str) -> dict[str, float]:
+    """Mean microseconds of a call and of the bare launch beside it."""
     import torch
 
     import sm12x
     from sm12x.validation.device import Gpu
 
     torch.zeros(1, device="cuda")
-    gpu = Gpu.open(0)
-    experts, rows, n, k, pool = 8, 32, 264, 272, 61
-    a = torch.zeros((pool * rows, k), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-    b = torch.zeros((experts, n, k), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-    a_scale = torch.ones(pool * rows, device="cuda")
-    b_scale = torch.ones((experts, n), device="cuda")
-    offsets = torch.arange(0, rows + 1, rows // experts, dtype=torch.int32, device="cuda")
-    index = torch.randint(0, rows, (pool * rows,), dtype=torch.int32, device="cuda")
-    out = torch.empty((pool * rows, n), dtype=torch.bfloat16, device="cuda")
-    workspace = torch.empty(sm12x.workspace_size(experts), dtype=torch.uint8, device="cuda")
+    assert Gpu.open(0).device.arch
     bare = empty_launch(torch.cuda.current_stream().cuda_stream)
-    if bare() or not gpu.device.arch:
-        raise RuntimeError("the empty kernel does not launch")
-
-    def fresh(number: int) -> tuple[Any, ...]:
-        part = slice(number % pool * rows, (number % pool + 1) * rows)
-        which = index[part] if gather else None
-        return a[part], b[:], a_scale[part], b_scale[:], offsets[:], which, out[part], workspace[:]
-
-    total = bare_total = 0
-    clock = time.perf_counter_ns
-    grouped_gemm = sm12x.grouped_gemm
-    for start_of in range(-4 * BATCH, calls, BATCH):  # the first batches warm caches and are not counted
-        batch = [fresh(i) for i in range(max(0, start_of), max(0, start_of) + BATCH)]
-        torch.cuda.synchronize()
-        spent = bare_spent = 0
-        for x, w, x_scale, w_scale, bounds, which, result, scratch in batch:
-            start = clock()
-            grouped_gemm(
-                x,
-                w,
-                a_scale=x_scale,
-                b_scale=w_scale,
-                offsets=bounds,
-                row_index=which,
-                out=result,
-                workspace=scratch,
-            )
-            middle = clock()
-            bare()
-            end = clock()
-            spent += middle - start
-            bare_spent += end - middle
-        if start_of >= 0:
-            total += spent
-            bare_total += bare_spent
-    counted = -(-calls // BATCH) * BATCH
-    torch.cuda.synchronize()
-    name = "gather" if gather else "contiguous"
-    return {
-        "calls": counted,
-        f"{name}_call_us": total / counted / 1e3,
-        f"{name}_bare_launch_us": bare_total / counted / 1e3,
-    }
+    assert bare() == 0
+    fresh = fresh_arguments(layout, sm12x.workspace_size)
+    counted, call, launch = mean_costs(sm12x.grouped_gemm, bare, fresh, calls, torch.cuda.synchronize)
+    return {"calls": counted, f"{layout}_call_us": call, f"{layout}_bare_launch_us": launch}
 
 
 def in_fresh_process(source: str) -> float:
@@ -178,21 +194,21 @@ def main() -> int:
             failed.append(f"{name}: {type(error).__name__}: {str(error)[:400]}")
 
     part("imports", lambda: imports(options.repeats))
-    part("contiguous", lambda: packed_calls(options.calls, False))
-    part("gather", lambda: packed_calls(options.calls, True))
+    for layout in LAYOUTS:
+        part(f"{layout} call", partial(packed_call, options.calls, layout))
     first = [FIRST_RESULT] * min(5, options.repeats)
     part(
         "first result",
         lambda: {"first_result_ms": statistics.median(in_fresh_process(text) for text in first)},
     )
     checks = []
-    for name in ("contiguous", "gather"):
-        if f"{name}_call_us" in result:
+    for layout in LAYOUTS:
+        if f"{layout}_call_us" in result:
             import torch
 
             result["device"] = torch.cuda.get_device_name(0)
-            above = result[f"{name}_call_us"] - result[f"{name}_bare_launch_us"]
-            checks.append((f"packed call ({name}) above a bare launch, us", above, LIMIT_CALL_US))
+            above = result[f"{layout}_call_us"] - result[f"{layout}_bare_launch_us"]
+            checks.append((f"{layout} call above a bare launch, us", above, LIMIT_CALL_US))
     if "import_sm12x_ms" in result:
         above = result["import_sm12x_ms"] - result["import_numpy_ms"]
         checks.append(("import sm12x above import numpy, ms", above, LIMIT_IMPORT_MS))
