@@ -20,7 +20,6 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,35 +34,22 @@ import gates  # noqa: E402
 import vllm_triton  # noqa: E402
 from forced import forced_arguments  # noqa: E402
 from moe_batch import Batch, Expected, expected, make_batch, our_calls, random_fp8  # noqa: E402
+from peers import fastest_triton, torch_calls, torch_graph  # noqa: E402
 from read_floor import ReadFloor  # noqa: E402
 
 import sm12x  # noqa: E402
-from sm12x import driver  # noqa: E402
+from sm12x import driver, manifest  # noqa: E402
+from sm12x.select import Problem, select  # noqa: E402
 from sm12x.validation import shapes  # noqa: E402
 from sm12x.validation.device import Gpu, device_attribute  # noqa: E402
 from sm12x.validation.plot import plot_rows  # noqa: E402
 from sm12x.validation.shapes import MoeGemm  # noqa: E402
 from sm12x.validation.timing import Contender, Timing, capture, interleave  # noqa: E402
 
+E4M3 = "float8_e4m3fn"
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
 ROUNDS, ROUNDS_NOT_GATED = 40, 15
 HOPELESS = 8.0  # forced variants that take so many times what the chosen one does are not timed
-
-
-def torch_graph(stream: Any, calls: list[Callable[[], object]]) -> Contender:
-    """A graph captured by torch, which allocates its results in a pool of the graph's own."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-
-    def replay() -> None:
-        with torch.cuda.stream(stream):
-            graph.replay()
-
-    return Contender(replay, len(calls), calls)
 
 
 class Bench:
@@ -106,64 +92,6 @@ class Bench:
                 found[name] = contender
         return found
 
-    def torch_peer(
-        self, batches: list[Batch], weights: torch.Tensor, b_scale: torch.Tensor
-    ) -> list[Callable[[], object]]:
-        def one(batch: Batch, b: torch.Tensor) -> Callable[[], object]:
-            ends = batch.offsets[1:].contiguous()
-            return lambda: torch._scaled_grouped_mm(
-                batch.rows,
-                b.transpose(-2, -1),
-                batch.row_scale,
-                b_scale,
-                offs=ends,
-                out_dtype=torch.bfloat16,
-                use_fast_accum=True,
-            )
-
-        return [one(batches[r], weights[s]) for r, s in shapes.rotation(weights.shape[0])]
-
-    def triton_peer(
-        self, shape: MoeGemm, tokens: int, batches: list[Batch], weights: torch.Tensor, b_scale: torch.Tensor
-    ) -> tuple[Contender, str] | None:
-        """The fastest of the configurations for this batch."""
-        graphs: dict[str, Contender] = {}
-        top_k = shape.top_k if shape.gemm == "GEMM1" else 1
-        rows = tokens * shape.top_k
-        for config in vllm_triton.configs(tokens, rows, shape.experts):
-            blocks = [vllm_triton.make_blocks(batch.routing, shape.experts, config) for batch in batches]
-            calls = [
-                vllm_triton.make_call(
-                    *(self.kernel, shape, config, blocks[r], batches[r].tokens, weights[s]),
-                    *(batches[r].peer_out, batches[r].token_scale, b_scale, top_k),
-                )
-                for r, s in shapes.rotation(weights.shape[0])
-            ]
-            try:
-                graphs[str(config)] = torch_graph(self.stream, calls)
-            except Exception as error:  # this Triton cannot compile it, or it needs too much memory
-                print(f"  Triton {config}: {str(error).splitlines()[0][:120]}", flush=True)
-        if not graphs:
-            return None
-        times = interleave(self.gpu, graphs, 5)
-        best = min(times, key=lambda name: times[name].median_us)
-        self.compare_triton(batches[-1], weights, b_scale)
-        return graphs[best], best
-
-    def compare_triton(self, batch: Batch, weights: torch.Tensor, b_scale: torch.Tensor) -> None:
-        """The peer's last result, in the order of the tokens, against ours, sorted by expert."""
-        torch.cuda.synchronize()
-        last = weights[shapes.rotation(weights.shape[0])[-1][1]]
-        mine = sm12x.grouped_gemm(
-            batch.rows, last, a_scale=batch.row_scale, b_scale=b_scale, offsets=batch.offsets
-        )
-        theirs = batch.peer_out[torch.as_tensor(batch.order, device="cuda")]
-        chosen = torch.randperm(mine.shape[0], device="cuda")[:2048]
-        left, right = mine[chosen].double(), theirs[chosen].double()
-        difference = float((left - right).norm() / left.norm())
-        if not difference < 1e-2:
-            raise ArithmeticError(f"Triton: differs from ours by {difference:.3g}: not the same problem")
-
     def row(
         self, shape: MoeGemm, tokens: int, pool: torch.Tensor, b_scale: torch.Tensor, rounds: int
     ) -> dict[str, Any]:
@@ -175,11 +103,13 @@ class Bench:
         notes: dict[str, str] = {}
         contenders = self.ours(batches, weights, b_scale, expected(batches[0], weights[0], b_scale))
         try:
-            contenders["torch"] = torch_graph(self.stream, self.torch_peer(batches, weights, b_scale))
+            contenders["torch"] = torch_graph(self.stream, torch_calls(batches, weights, b_scale))
         except Exception as error:
             notes["torch"] = str(error).splitlines()[0][:200]
         if self.kernel is not None:
-            found = self.triton_peer(shape, tokens, batches, weights, b_scale)
+            found = fastest_triton(
+                self.gpu, self.stream, self.kernel, shape, tokens, batches, weights, b_scale
+            )
             if found:
                 contenders["triton"], notes["triton"] = found
         if self.floor is not None:
@@ -190,7 +120,21 @@ class Bench:
             contenders["read_floor"], notes["read_floor"] = self.floor.best(addresses, shape.expert_bytes)
         times = interleave(self.gpu, contenders, rounds)
         columns = float(np.mean([batch.mma_columns for batch in batches]))
-        return as_row(shape, tokens, active, columns, weights.shape[0], times, notes)
+        row = as_row(shape, tokens, active, columns, weights.shape[0], times, notes)
+        return {**row, "chosen": {name: self.chosen(shape, tokens, "gather" in name) for name in gates.OURS}}
+
+    def chosen(self, shape: MoeGemm, tokens: int, gather: bool) -> str:
+        """What `select` takes, named as a forced variant is."""
+        device = self.gpu.device
+        problem = Problem(
+            *("packed", shape.experts, E4M3, E4M3, "bfloat16", device.arch),
+            rows=tokens * shape.top_k,
+            n=shape.n,
+            k=shape.k,
+            gathers=gather,
+        )
+        first = select(problem, manifest.default().gemms(), device.sm_count)[0]
+        return first.variant.key + (":split" if first.least_units else "")
 
 
 def as_row(
@@ -262,8 +206,9 @@ def print_row(row: dict[str, Any]) -> None:
     shape = f"{row['model']} {row['gemm']}"
     cells = " ".join(cell(name) for name in SHOWN)
     percent = f"{row['percent_of_floor']:5.1f}" if row["percent_of_floor"] else "    -"
-    best = row["best_variant"].removeprefix("fp8_")
-    print(f"{shape:<22} {row['T']:>4} {cells} {row['gb_per_s']:>6} {percent}  {best}", flush=True)
+    names = [row["chosen"]["sm12x"], *filter(None, [row["best_variant"]])]
+    shown = ", best ".join(name.removeprefix("fp8_") for name in names)
+    print(f"{shape:<22} {row['T']:>4} {cells} {row['gb_per_s']:>6} {percent}  {shown}", flush=True)
 
 
 def run_rows(bench: Bench, options: argparse.Namespace, result: dict[str, Any], start: float) -> None:
@@ -356,7 +301,7 @@ def main() -> int:
     }
     print(f"{result['date']}, {gpu.device.name}, {result['versions']}, {result['ceilings']}")
     titles = " ".join(f"{name:>14}" for name in SHOWN)
-    print(f"{'us, median ± IQR/2':<22} {'T':>4} {titles} {'GB/s':>6} {'%flr':>5}  best of the forced")
+    print(f"{'us, median ± IQR/2':<22} {'T':>4} {titles} {'GB/s':>6} {'%flr':>5}  chosen, best of the forced")
     run_rows(Bench(gpu, kernel, floor, options.variants), options, result, start)
     for text in result["not_run"]:
         print(f"not run, out of time: {text}")
