@@ -170,7 +170,7 @@ def main() -> int:
         return repeat(options.repeat)
     chosen = [each for each in FORCED if options.only in each.argument]
     if not chosen:
-        print(f"--only: there is no variant of fp8_packed whose name contains {options.only!r}")
+        print(f"there is no variant of fp8_packed here whose name contains {options.only!r}")
         return 2
     if options.seed is None:
         options.seed = int(np.random.default_rng().integers(2**32))

@@ -107,6 +107,7 @@ def test_rows_that_the_twin_cannot_multiply_fast_enough_are_reported_only(draw: 
     report = judged(good, bound)
     assert report.held
     assert [v.gated for v in report.verdicts] == [True, True, False, False]
+    assert not any(v.faults for v in report.verdicts), "a row that is not gated misses nothing"
     assert any("mixtral-8x7B GEMM1 T=64 (0.81)" in line for line in gates.describe(report))
     faster = gates.judge({**DEVICE, "rows": [good, bound]}, 2 * gates.TWIN_MMA_RATE)
     assert not faster.held, "with a higher rate the row is memory-bound and its time counts"
