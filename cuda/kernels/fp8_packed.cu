@@ -36,14 +36,15 @@ using Gemm = sm12x::kernel::PackedGemm<sm12x::kernel::PackedConfig<
 // -------------------------------------------------------------------------------------------------
 
 extern "C" {
-extern __device__ const unsigned sm12x_variant_info[16];
-__device__ const unsigned sm12x_variant_info[16] = {
+extern __device__ const unsigned sm12x_variant_info[17];
+__device__ const unsigned sm12x_variant_info[17] = {
     Gemm::kThreads,
     Gemm::kSharedBytes,
     Gemm::kStages,
     0u,  // the CTAs lie along x
     Gemm::Split::kBytesPerCta,
-    Gemm::kMmaWarps,
+    Gemm::kGroupWarps,
+    Gemm::kWeightMaps,
     // clang-format off
     3u, Gemm::kTileK, Gemm::kTokens, Gemm::kTileK, 1u,    // a
     3u, Gemm::kTileK, Gemm::kBoxFeatures, Gemm::kTileK, 1u,  // b

@@ -2,7 +2,8 @@
 """Builds cubins/ from cuda/kernels/variants.toml, or checks it.
 
     python cuda/tools/build.py --all                 every variant, unchanged ones from the cache
-    python cuda/tools/build.py --variant KEY ...     these only; the manifest keeps its other entries
+    python cuda/tools/build.py --variant 'fp8_packed*'
+                                                     these only; the manifest keeps its other entries
     python cuda/tools/build.py --all --compare       compile everything anew, write nothing, require equality
     python cuda/tools/build.py --changed-since REV --sample 2 --compare
                                                      what changed since REV and a rotating sample of the rest
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fnmatch
 import sys
 import time
 from pathlib import Path
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_argument_group("which variants")
     which.add_argument("--all", action="store_true", help="every variant of the table")
     which.add_argument(
-        "--variant", action="append", default=[], metavar="KEY", help="this one; may be repeated"
+        "--variant", action="append", default=[], metavar="PATTERN", help="keys like this; may be repeated"
     )
     which.add_argument(
         "--changed-since", metavar="REV", help="those whose manifest entry differs from git REV's"
@@ -52,10 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _selected(args: argparse.Namespace, table: dict[str, Variant]) -> list[Variant]:
-    unknown = sorted(set(args.variant) - set(table))
+    matched = {pattern: fnmatch.filter(table, pattern) for pattern in args.variant}
+    unknown = sorted(pattern for pattern, keys in matched.items() if not keys)
     if unknown:
-        raise BuildError(f"unknown variants {unknown}; the table has {sorted(table)}")
-    keys = set(table) if args.all else set(args.variant)
+        raise BuildError(f"no variant is like {unknown}; the table has {sorted(table)}")
+    keys = set(table) if args.all else {key for found in matched.values() for key in found}
     if args.changed_since or args.sample:
         manifest = store.read_manifest()
         if manifest is None:

@@ -2,7 +2,8 @@
 """Installs the pinned toolchain (requirements/toolchain.txt) into build/toolchain and runs build.py with it.
 
     python cuda/tools/rebuild.py --all                   rebuild every variant, two compiles at a time
-    python cuda/tools/rebuild.py --variant KEY --jobs 4  one variant
+    python cuda/tools/rebuild.py --variant 'fp8_packed*' --jobs 4
+                                                         the variants whose keys are like this
     python cuda/tools/rebuild.py --all --compare         compile everything anew, require equality, and write
                                                          the result down in cubins/README.md
     python cuda/tools/rebuild.py                         install the toolchain only

@@ -23,6 +23,13 @@ SM12X_BIAS_FLOAT32 = 0
 SM12X_BIAS_BFLOAT16 = 1
 SM12X_BIAS_FLOAT16 = 2
 
+SM12X_OUT_FLOAT32 = 0
+SM12X_OUT_BFLOAT16 = 1
+SM12X_OUT_FLOAT16 = 2
+
+SM12X_ROWS_PACKED = 0
+SM12X_ROWS_MASKED = 1
+
 SM12X_STATUS_OK = 0
 SM12X_STATUS_OFFSETS_DECREASE = 1
 SM12X_STATUS_OFFSETS_RANGE = 2
@@ -49,6 +56,11 @@ BIAS_TYPES = {
     "float32": SM12X_BIAS_FLOAT32,
     "bfloat16": SM12X_BIAS_BFLOAT16,
     "float16": SM12X_BIAS_FLOAT16,
+}
+OUT_TYPES = {
+    "float32": SM12X_OUT_FLOAT32,
+    "bfloat16": SM12X_OUT_BFLOAT16,
+    "float16": SM12X_OUT_FLOAT16,
 }
 
 
@@ -155,6 +167,44 @@ class sm12x_prepare_list_params(ctypes.Structure):
     ]
 
 
+class sm12x_packed_params(ctypes.Structure):
+    _fields_ = [
+        ("map_a", sm12x_tensor_map),
+        ("map_b", sm12x_tensor_map),
+        ("a", ctypes.c_uint64),
+        ("d", ctypes.c_uint64),
+        ("bounds", ctypes.c_uint64),
+        ("row_index", ctypes.c_uint64),
+        ("a_scale", ctypes.c_uint64),
+        ("b_scale", ctypes.c_uint64),
+        ("bias", ctypes.c_uint64),
+        ("row_weight", ctypes.c_uint64),
+        ("partials", ctypes.c_uint64),
+        ("counters", ctypes.c_uint64),
+        ("rows", ctypes.c_int64),
+        ("a_rows", ctypes.c_int64),
+        ("stride_a", ctypes.c_int64),
+        ("stride_d", ctypes.c_int64),
+        ("stride_d_group", ctypes.c_int64),
+        ("stride_b_scale", ctypes.c_int64),
+        ("stride_bias", ctypes.c_int64),
+        ("n", ctypes.c_int32),
+        ("k", ctypes.c_int32),
+        ("num_groups", ctypes.c_int32),
+        ("row_layout", ctypes.c_int32),
+        ("bounds_are_64_bit", ctypes.c_int32),
+        ("row_index_is_64_bit", ctypes.c_int32),
+        ("a_scale_mode", ctypes.c_int32),
+        ("b_scale_mode", ctypes.c_int32),
+        ("a_scale_value", ctypes.c_float),
+        ("b_scale_value", ctypes.c_float),
+        ("bias_type", ctypes.c_int32),
+        ("out_type", ctypes.c_int32),
+        ("least_units", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
 class sm12x_mma_probe_params(ctypes.Structure):
     _fields_ = [
         ("in", ctypes.c_uint64),
@@ -172,6 +222,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
         sm12x_prepare_packed_params,
         sm12x_group_record,
         sm12x_prepare_list_params,
+        sm12x_packed_params,
         sm12x_mma_probe_params,
     )
 }

@@ -26,6 +26,7 @@ ARCHITECTURES = {(12, 0): "sm_120a", (12, 1): "sm_121a", (9, 0): "sm_90a"}
 # Oldest driver that loads the cubins of a CUDA major: cuDriverGetVersion and the release that has it.
 OLDEST_DRIVER = {"cu12": (12080, "12.8", "570"), "cu13": (13000, "13.0", "580")}
 NOT_INITIALIZED = 3
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 # Ordinals from here on are devices of the emulator, none of them CUDA's.
 EMULATED = 1 << 16
 # Statuses of work that was launched earlier, by anybody, and failed since.
@@ -33,9 +34,11 @@ STICKY = {700, 702, 709, 714, 715, 716, 717, 718, 719}
 
 _HOT = (
     "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
     "cuTensorMapEncodeTiled",
+    "cuTensorMapReplaceAddress",
 )
 
 
@@ -82,7 +85,11 @@ class Driver:
 
 @dataclass(slots=True)
 class Device:
-    """A device that sm12x has cubins for, with its retained primary context."""
+    """A device that sm12x has cubins for, with its retained primary context.
+
+    functions: CUfunction by variant. prototypes: tensor maps without address and shape, by variant. counters:
+    zeroed memory by the address of the workspace that it belongs to; `spare_counters` belongs to none yet.
+    """
 
     ordinal: int
     name: str
@@ -94,6 +101,8 @@ class Device:
     driver: Driver
     functions: dict[str, int] = field(default_factory=dict)
     prototypes: dict[str, bytes] = field(default_factory=dict)
+    counters: dict[int, int] = field(default_factory=dict)
+    spare_counters: list[int] = field(default_factory=list)
 
 
 _lock = threading.RLock()
@@ -358,9 +367,27 @@ def temporary(device: Device, size: int, stream: int) -> Iterator[int]:
     driver.call("cuMemFreeAsync", ptr, stream)
 
 
-def read_int32(device: Device, ptr: int, stream: int) -> int:
-    """The int32 at device address `ptr` once all work on `stream` is done; waits for it."""
-    value = ctypes.c_int32()
-    device.driver.call("cuMemcpyDtoHAsync", ctypes.addressof(value), ptr, 4, stream)
+def read_bytes(device: Device, ptr: int, size: int, stream: int) -> bytes:
+    """`size` bytes at device address `ptr` once all work on `stream` is done; waits for it."""
+    content = (ctypes.c_char * size)()
+    device.driver.call("cuMemcpyDtoHAsync", ctypes.addressof(content), ptr, size, stream)
     device.driver.call("cuStreamSynchronize", stream)
-    return value.value
+    return content.raw
+
+
+def allocate_zeroed(device: Device, size: int) -> int:
+    """Address of `size` bytes of zeros that are never freed. Safe while any stream is being captured."""
+    bindings, call = device.driver.bindings, device.driver.call
+    relaxed = bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = call("cuThreadExchangeStreamCaptureMode", relaxed)
+    try:
+        ptr = int(call("cuMemAlloc", size))
+        stream = call("cuStreamCreate", NON_BLOCKING)
+        try:
+            call("cuMemsetD8Async", ptr, 0, size, stream)
+            call("cuStreamSynchronize", stream)
+        finally:
+            call("cuStreamDestroy", stream)
+    finally:
+        call("cuThreadExchangeStreamCaptureMode", before)
+    return ptr

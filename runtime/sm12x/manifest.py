@@ -21,13 +21,15 @@ SCHEMA = 1
 PACKAGE = Path(__file__).resolve().parent
 MAJORS = ("cu12", "cu13")
 GRID_AXES = ("x", "y")
-OPERANDS = ("a", "b", "d")
+# Tensor maps that the params struct of a GEMM kernel begins with, in its order.
+TENSOR_MAPS = {"sm12x_ptr_array_params": ("a", "b", "d"), "sm12x_packed_params": ("a", "b")}
 REINSTALL = "reinstall sm12x"
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """A tensor-map prototype: `box` in elements, innermost first; `swizzle` in bytes, 0 for none."""
+    """A tensor map of a kernel: `box` in elements, innermost first, 1 in dimensions that it does not name;
+    `swizzle` in bytes, 0 for none."""
 
     rank: int
     box: tuple[int, ...]
@@ -61,9 +63,11 @@ class Variant:
     """One kernel. `tile` is (M, N, K) of the kernel's own sides: under `swap_ab` M is features, N tokens.
 
     `threads` per CTA; `shared_memory` is dynamic, in bytes; `grid_axis` carries the CTAs; `workspace_per_cta`
-    is bytes of tensor maps. Preparation kernels (`role` "prepare_packed", "prepare_list") have no tile, types
-    or tensor maps. `token_step`: a tile computes its tokens in steps of so many and skips those past the
-    group's end; 0 means that it computes the whole tile.
+    is bytes of tensor maps, or of split-K partials in the family fp8_packed, whose `mma_warps` count what
+    they finish one by one. Preparation kernels (`role` "prepare_packed", "prepare_list") have no tile, types
+    or tensor maps. `outs`: types of D that it can write. `pdl`: launched so that it may begin before what is
+    ahead of it in the stream has ended. `token_step`: a tile computes its tokens in steps of so many and
+    skips those past the group's end; 0 means that it computes the whole tile.
     """
 
     key: str
@@ -81,12 +85,18 @@ class Variant:
     swap_ab: bool = False
     a: str = ""
     b: str = ""
-    out: str = ""
+    outs: tuple[str, ...] = ()
     mma: str = ""
     pdl: bool = False
     stages: int = 0
     tensor_maps: Mapping[str, TensorMap] | None = None
     token_step: int = 0
+    mma_warps: int = 0
+
+    @property
+    def out(self) -> str:
+        """The type of D where a kernel writes one, else the first that it can write; "" without any."""
+        return self.outs[0] if self.outs else ""
 
     @property
     def token_tile(self) -> int:
@@ -268,7 +278,7 @@ def _variant(key: str, raw: Mapping[str, Any]) -> Variant:
     )
     if variant.grid_axis not in GRID_AXES:
         raise ValueError(f"{key}: grid_axis {variant.grid_axis!r}")
-    if variant.pdl:
+    if variant.pdl and variant.params != "sm12x_packed_params":
         raise ValueError(f"{key}: programmatic dependent launch needs a newer sm12x")
     if variant.workspace_per_cta % 128:
         raise ValueError(f"{key}: workspace_per_cta {variant.workspace_per_cta} is not a multiple of 128")
@@ -282,10 +292,11 @@ def _variant(key: str, raw: Mapping[str, Any]) -> Variant:
         token_step=int(raw.get("token_step", 0)),
         a=str(raw["a"]),
         b=str(raw["b"]),
-        out=str(raw["out"]),
+        outs=_outs(raw),
         mma=str(raw["mma"]),
         stages=_number(raw, "stages", 1),
-        tensor_maps={name: _tensor_map(raw["tensor_maps"][name]) for name in OPERANDS},
+        tensor_maps={name: _tensor_map(raw["tensor_maps"][name]) for name in TENSOR_MAPS[variant.params]},
+        mma_warps=_number(raw, "mma_warps", 1) if variant.params == "sm12x_packed_params" else 0,
     )
 
 
@@ -309,6 +320,13 @@ def _number(raw: Mapping[str, Any], name: str, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
     return value
+
+
+def _outs(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    outs = tuple(str(each) for each in raw["outs"]) if "outs" in raw else (str(raw["out"]),)
+    if not outs:
+        raise ValueError("outs: expected at least one type")
+    return outs
 
 
 def _three(tile: Any) -> tuple[int, int, int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from . import driver
 
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
 
@@ -15,7 +14,7 @@ _NOT_READY = 600  # CUDA_ERROR_NOT_READY
 def stream_create(device: int) -> int:
     """A new stream on `device` that does not synchronise with the legacy default stream. Raises CudaError."""
     with driver.current(driver.get_device(device)):
-        return int(driver.call("cuStreamCreate", _NON_BLOCKING))
+        return int(driver.call("cuStreamCreate", driver.NON_BLOCKING))
 
 
 def event_create(device: int) -> int:

@@ -10,8 +10,8 @@ import pytest
 from emulated import stand_in
 from emulated.kernels import kernel
 from sm12x import driver as runtime
-from sm12x import emulator
-from sm12x.emulator import driver, launches
+from sm12x import emulator, launch_config
+from sm12x.emulator import driver
 from sm12x.emulator.errors import EmulatorError
 from sm12x.emulator.launch import load
 
@@ -25,7 +25,7 @@ TID = """
 WRITE = TID + "griddepcontrol.launch_dependents;\nadd.u32 %r2, %r1, 5;\nst.global.b32 [%rd1], %r2;"
 TWICE = TID + "{}\nld.global.b32 %r2, [%rd1];\nshl.b32 %r2, %r2, 1;\nst.global.b32 [%rd1], %r2;"
 WAIT = "griddepcontrol.wait;"
-PROGRAMMATIC = (launches.PROGRAMMATIC_STREAM_SERIALIZATION, 1)
+PROGRAMMATIC = (launch_config.PROGRAMMATIC_STREAM_SERIALIZATION, 1)
 
 
 class Driver:
@@ -46,10 +46,10 @@ class Driver:
         return made._new(driver._Function(library, module.kernel("test"), "test"))
 
     def launch(self, function, *attributes, stream=0, blocks=1):
-        listed = (launches.LaunchAttribute * max(1, len(attributes)))()
+        listed = (launch_config.LaunchAttribute * max(1, len(attributes)))()
         for each, (name, *value) in zip(listed, attributes, strict=False):
             each.id, each.value[: len(value)] = name, value
-        config = launches.LaunchConfig(blocks, 1, 1, 32, 1, 1, 0, stream, listed, len(attributes))
+        config = launch_config.LaunchConfig(blocks, 1, 1, 32, 1, 1, 0, stream, listed, len(attributes))
         return self.hot.cuLaunchKernelEx(
             ctypes.byref(config), ctypes.c_void_p(function), self.arguments, None
         )
@@ -137,7 +137,7 @@ def test_what_makes_held_launches_run(cuda, wait):
 def test_without_the_attribute_or_on_another_stream_a_launch_waits_for_all(cuda):
     twice = cuda.function(TWICE.format(""))
     stream = cuda.call("cuStreamCreate", 0)
-    for second in ((), ((launches.PROGRAMMATIC_STREAM_SERIALIZATION, 0),)):
+    for second in ((), ((launch_config.PROGRAMMATIC_STREAM_SERIALIZATION, 0),)):
         assert cuda.launch(cuda.function(WRITE)) == 0
         assert cuda.launch(twice, *second) == 0
         assert cuda.words() == EXPECTED
@@ -169,18 +169,18 @@ def test_cooperative_launches_have_all_their_ctas_at_once(cuda, seed):
     """)
     with emulator.use(seed=seed):
         cuda.call("cuMemsetD8Async", cuda.buffer, 0, 128, 0)
-        assert cuda.launch(together, (launches.COOPERATIVE, 1), blocks=4) == 0
+        assert cuda.launch(together, (launch_config.COOPERATIVE, 1), blocks=4) == 0
         assert cuda.words()[0] == 4
 
 
 def test_what_is_refused(cuda):
     write = cuda.function(WRITE)
-    assert cuda.launch(write, (launches.CLUSTER_DIMENSION, 2, 1, 1)) == 801
-    assert cuda.launch(write, (launches.CLUSTER_DIMENSION, 1, 1, 1), (launches.PRIORITY, 3)) == 0
+    assert cuda.launch(write, (launch_config.CLUSTER_DIMENSION, 2, 1, 1)) == 801
+    assert cuda.launch(write, (launch_config.CLUSTER_DIMENSION, 1, 1, 1), (launch_config.PRIORITY, 3)) == 0
     assert cuda.launch(write, (7, 1)) == 801, "programmatic events"
     assert cuda.launch(77) == 400
     assert cuda.launch(write, stream=77) == 400
     assert cuda.launch(write, blocks=0) == 1
     assert cuda.hot.cuLaunchKernelEx(None, ctypes.c_void_p(write), cuda.arguments, None) == 1
-    assert ctypes.sizeof(launches.LaunchAttribute) == 72
-    assert ctypes.sizeof(launches.LaunchConfig) == 56
+    assert ctypes.sizeof(launch_config.LaunchAttribute) == 72
+    assert ctypes.sizeof(launch_config.LaunchConfig) == 56

@@ -59,12 +59,12 @@ def test_the_device_is_chosen_by_name(kernels, capsys):
         assert (code, found["device"]) == (0, name)
         assert {launch["arch"] for launch in found["launches"]} == {arch}
     code, found = report(capsys, "--m", "300,300", "--n", "512", "--sms", "2")
-    assert max(found["launches"][1]["grid"]) == 2
+    assert max(found["launches"][-1]["grid"]) == 2
 
 
 def test_options_reach_the_emulator(kernels, capsys):
     assert report(capsys, "--m", "3", "--resident", "1", "--truncate-bits", "22")[0] == 0
-    assert (kernels.residents, kernels.truncated) == ([1, 1], [22, 22])
+    assert (set(kernels.residents), set(kernels.truncated)) == ({1}, {22})
 
 
 def test_the_same_seed_is_the_same_problem(kernels, capsys):
@@ -144,8 +144,8 @@ def test_the_text_says_what_ran(kernels, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--variant", "nothing"), "expected one of fp8_ptr_array_"),
-        (("--variant", "fp8_ptr_array_prepare_list"), "expected one of fp8_ptr_array_"),
+        (("--variant", "nothing"), "expected one of fp8_"),
+        (("--variant", "fp8_ptr_array_prepare_list"), "expected one of fp8_"),
         (("--m", "5,x"), "expected rows for each group, as in 5,0,130"),
         (("--m", "5,,1"), "expected rows for each group, as in 5,0,130"),
         (("--m", "5,-1"), "expected at least 0, got -1"),

@@ -21,8 +21,8 @@ import pytest
 
 import sm12x
 from emulated import stand_in
+from sm12x import counters, emulator, manifest, reference
 from sm12x import driver as runtime
-from sm12x import emulator, manifest, reference
 from sm12x.device_memory import DeviceArray
 from sm12x.emulator import devices, driver, shipped, tensor_map
 from sm12x.errors import CubinError, CudaError
@@ -55,6 +55,20 @@ def fresh(monkeypatch):
     stand_in.reset(monkeypatch)
 
 
+SMALL = "fp8_ptr_array_128x16x128_swap_bf16"
+ONE_LAUNCH = "fp8_packed_128x16x128_swap"
+
+
+def in_use():
+    """Bytes of emulated memory that calls have not given back; counters of split-K are kept."""
+    kept = 0
+    for ordinal, device in runtime._devices.items():
+        if ordinal >= runtime.EMULATED:
+            blocks = len(device.counters) + len(device.spare_counters)
+            kept += blocks * counters.block_bytes(device)
+    return driver.memory().used - kept
+
+
 def fp8(rng, *shape):
     return rng.standard_normal(shape).astype(FP8)
 
@@ -69,6 +83,16 @@ def packed(rng, counts=(3, 0, 7), n=16, k=32, **more):
     }
 
 
+def masked(rng, counts=(3, 0, 4), most=4, n=16, k=32, **more):
+    e = len(counts)
+    return {
+        "a": fp8(rng, e, most, k),
+        "b": fp8(rng, e, n, k),
+        "rows": np.array(counts, np.int32),
+        **more,
+    }
+
+
 def run(arguments, **options):
     """The call in the emulator; the operands are left alone, which every test checks."""
     held = {name: np.array(value, copy=True) for name, value in arguments.items() if name in ("a", "b")}
@@ -79,7 +103,7 @@ def run(arguments, **options):
 
 
 def close(out, arguments, **more):
-    expected = sm12x.grouped_gemm(**{**arguments, "out": None}, **more)
+    expected = sm12x.grouped_gemm(**{**arguments, "out": None, "variant": None, "workspace": None}, **more)
     np.testing.assert_allclose(
         np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=2e-2, atol=2e-2
     )
@@ -106,6 +130,46 @@ def test_a_packed_call_computes_what_the_reference_does(kernels, rng, wide, a_sc
     close(out, arguments)
 
 
+@pytest.mark.parametrize("wide", [np.int32, np.int64])
+@pytest.mark.parametrize("a_scale", [0.5, "token", "expert"])
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("mode", ["whole", "split"])
+def test_gathered_and_masked_calls_compute_what_the_reference_does(
+    kernels, rng, wide, a_scale, out_dtype, mode
+):
+    def weights(*shape):
+        return rng.uniform(0.5, 2, shape).astype(np.float32)
+
+    options = {"variant": f"{ONE_LAUNCH}:{mode}", "out_dtype": out_dtype}
+    bias = rng.standard_normal((3, 16)).astype(np.float32)
+    tokens = 6
+    gathered = packed(rng, bias=bias, row_weight=weights(10, 1))
+    gathered["a"] = fp8(rng, tokens, 32)
+    gathered["row_index"] = rng.integers(-1, tokens + 1, 10).astype(wide)  # some name no token
+    gathered["a_scale"] = {"token": weights(tokens, 1), "expert": weights(3, 1, 1)}.get(a_scale, a_scale)
+    counts = masked(rng, bias=bias, row_weight=weights(3, 4), expected_m=2)
+    counts["rows"] = counts["rows"].astype(wide)
+    counts["a_scale"] = {"token": weights(3, 4), "expert": weights(3, 1, 1)}.get(a_scale, a_scale)
+    for arguments, shape in ((gathered, (10, 16)), (counts, (3, 4, 16))):
+        out = run(arguments, **options)
+        assert (out.dtype.name, out.shape) == (out_dtype, shape)
+        close(out, arguments, out_dtype=out_dtype)
+
+
+def test_rows_beyond_the_count_keep_what_they_held(kernels, rng):
+    arguments = masked(rng, (2, 0, 4))
+    wide = np.full((4, 3, 24), 7, ml_dtypes.bfloat16)
+    arguments["out"] = wide.transpose(1, 0, 2)[:, :, :16]
+    assert run(arguments) is arguments["out"]
+    expected = sm12x.grouped_gemm(**{**arguments, "out": None})
+    for e, count in enumerate(arguments["rows"]):
+        np.testing.assert_allclose(
+            np.float32(arguments["out"][e, :count]), np.float32(expected[e, :count]), rtol=2e-2, atol=2e-2
+        )
+        assert (arguments["out"][e, count:] == 7).all()
+    assert (wide[:, :, 16:] == 7).all()
+
+
 def test_the_same_kernel_is_chosen_as_on_the_device_itself(kernels, rng):
     arguments = packed(rng, (40, 0, 90, 3), n=256, k=64)
     for name, arch, sms in (
@@ -115,21 +179,19 @@ def test_the_same_kernel_is_chosen_as_on_the_device_itself(kernels, rng):
     ):
         with emulator.use(device=name) as session:
             close(run(arguments), arguments)
-        prepare, gemm = session.launches
-        assert (prepare.variant, prepare.grid, prepare.arch) == (
-            "fp8_ptr_array_prepare_packed",
-            (1, 1, 1),
-            arch,
-        )
         problem = launch.Problem("packed", 4, *["float8_e4m3fn"] * 2, "bfloat16", arch, 133, 256, 64)
-        best = launch.select(problem, manifest.default().gemms("fp8_ptr_array"), sms)[0].variant
-        assert (gemm.variant, gemm.block, gemm.shared_memory) == (
+        choice = launch.select(problem, manifest.default().gemms(), sms)[0]
+        best = choice.variant
+        gemm = session.launches[-1]
+        assert len(session.launches) == (1 if best.family == "fp8_packed" else 2)
+        assert (gemm.variant, gemm.arch, gemm.block, gemm.shared_memory) == (
             best.key,
+            arch,
             (best.threads, 1, 1),
             best.shared_memory,
         )
         device = emulated_device(name)
-        assert max(gemm.grid) == launch.grid_size(problem, best, device)
+        assert max(gemm.grid) == launch.grid_size(problem, choice, device)
         assert device.name == f"{devices.GPUS[name].name} (emulated)"
     assert any(".target sm_121a" in text for text in kernels.texts)
 
@@ -145,7 +207,7 @@ def test_fewer_sms_make_a_smaller_grid(kernels, rng):
     for sms in (None, 7, 1):
         with emulator.use(sms=sms) as session:
             close(run(arguments), arguments)
-        grids[sms] = max(session.launches[1].grid)
+        grids[sms] = max(session.launches[-1].grid)
     assert grids[7] == 7
     assert grids[1] == 1
     assert grids[None] > 7
@@ -153,39 +215,42 @@ def test_fewer_sms_make_a_smaller_grid(kernels, rng):
 
 def test_a_forced_variant_runs_and_a_wrong_one_is_refused(kernels, rng):
     arguments = packed(rng)
-    for variant in manifest.default().gemms("fp8_ptr_array"):
-        kind = "float16" if variant.out == "float16" else "bfloat16"
-        with emulator.use() as session:
-            out = run(arguments, variant=variant.key, out_dtype=kind)
-        assert session.launches[1].variant == variant.key
-        close(out, arguments, out_dtype=kind)
+    for variant in manifest.default().gemms():
+        for kind in variant.outs:
+            for mode in ("", ":whole", ":split") if variant.family == "fp8_packed" else ("",):
+                with emulator.use() as session:
+                    out = run(arguments, variant=variant.key + mode, out_dtype=kind)
+                assert session.launches[-1].variant == variant.key
+                close(out, arguments, out_dtype=kind)
     with pytest.raises(ValueError, match="variant: expected one of"):
         run(arguments, variant="fp8_ptr_array_nothing")
 
 
-def test_the_seed_of_the_session_reaches_every_launch(kernels, rng):
-    arguments = packed(rng)
+@pytest.mark.parametrize(("key", "count"), [(SMALL, 2), (ONE_LAUNCH, 1)])
+def test_the_seed_of_the_session_reaches_every_launch(kernels, rng, key, count):
+    arguments = packed(rng, variant=key)
     with emulator.use(seed=11):
         run(arguments)
         with emulator.use(seed=12):
             run(arguments)
         run(arguments)
     run(arguments)
-    assert kernels.seeds == [11, 11, 12, 12, 11, 11, 0, 0]
+    assert kernels.seeds == [seed for seed in (11, 12, 11, 0) for _ in range(count)]
 
 
-def test_the_options_of_the_session_reach_loads_and_launches(kernels, rng):
-    arguments = packed(rng)
+@pytest.mark.parametrize(("key", "count"), [(SMALL, 2), (ONE_LAUNCH, 1)])
+def test_the_options_of_the_session_reach_loads_and_launches(kernels, rng, key, count):
+    arguments = packed(rng, variant=key)
     shown = []
     with emulator.use(resident=2, truncate_bits=22) as session:
         session.progress = lambda variant, segments: shown.append((variant, segments))
         run(arguments)
-        assert kernels.residents == [2, 2]
-        assert kernels.truncated == [22, 22]
+        assert kernels.residents == [2] * count
+        assert kernels.truncated == [22] * count
         assert shown == [(each.variant, 1000) for each in session.launches]
     run(arguments)
-    assert kernels.residents[2:] == [None, None]
-    assert kernels.truncated[2:] == [None, None], "the kernels of another arithmetic are others"
+    assert kernels.residents[count:] == [None] * count
+    assert kernels.truncated[count:] == [None] * count, "the kernels of another arithmetic are others"
 
 
 def test_strided_operands_lie_as_they_lay(kernels, rng):
@@ -243,12 +308,15 @@ def test_a_workspace_of_the_caller_is_used(kernels, rng):
     arguments = packed(rng)
     size = sm12x.workspace_size(3, backend="emulator")
     workspace = np.full(size + 256, 0xAB, np.uint8)
-    used = driver._emulator.memory
-    out = run({**arguments, "workspace": workspace})
-    close(out, arguments)
-    assert used.used == 0
-    with pytest.raises(ValueError, match="workspace: expected at least"):
-        run({**arguments, "workspace": workspace[:64]})
+    for variant in (SMALL, f"{ONE_LAUNCH}:split", f"{ONE_LAUNCH}:whole"):
+        out = run({**arguments, "workspace": workspace, "variant": variant})
+        close(out, arguments)
+        assert in_use() == 0
+        if variant.endswith("whole"):
+            close(run({**arguments, "workspace": workspace[:64], "variant": variant}), arguments)
+            continue
+        with pytest.raises(ValueError, match="workspace: expected at least"):
+            run({**arguments, "workspace": workspace[:64], "variant": variant})
 
 
 def test_threads_call_at_once(kernels, rng):
@@ -256,7 +324,7 @@ def test_threads_call_at_once(kernels, rng):
     with ThreadPoolExecutor(8) as pool:
         for arguments, out in zip(problems, pool.map(run, problems), strict=True):
             close(out, arguments)
-    assert driver.memory().used == 0
+    assert in_use() == 0
 
 
 def test_an_empty_call_launches_nothing(kernels, rng):
@@ -268,14 +336,14 @@ def test_an_empty_call_launches_nothing(kernels, rng):
 def test_memory_is_given_back_whatever_happens(kernels, rng):
     arguments = packed(rng)
     run(arguments)
-    assert driver.memory().used == 0
+    assert in_use() == 0
     kernels.rogue = lambda memory, groups: memory.read(0x10, 4)
     with pytest.raises(Exception, match="null pointer|no allocation"):
         run(arguments)
-    assert driver.memory().used == 0
+    assert in_use() == 0
     with pytest.raises(ValueError, match="b: expected"):
         run({**arguments, "b": fp8(rng, 3, 16, 64)})
-    assert driver.memory().used == 0
+    assert in_use() == 0
 
 
 @pytest.mark.parametrize(
@@ -340,7 +408,11 @@ def test_an_address_off_a_multiple_of_16_is_refused_as_on_a_gpu(kernels, rng):
         ({"a_scale": np.zeros(10, np.float64)}, TypeError, "a_scale: expected"),
         ({"out": np.zeros((10, 16), np.float32)}, TypeError, "out: expected"),
         ({"out_dtype": "float64"}, ValueError, "out_dtype: expected one of"),
-        ({"out_dtype": "float32"}, ValueError, "no kernel for"),
+        ({"a": np.zeros((10, 32), ml_dtypes.float8_e5m2)}, ValueError, "no kernel for"),
+        ({"row_index": np.zeros((10, 1), np.int32)}, ValueError, "row_index: expected"),
+        ({"row_weight": np.zeros(9, np.float32)}, ValueError, "row_weight: expected"),
+        ({"rows": np.zeros(3, np.int32)}, ValueError, "offsets: expected None where rows is given"),
+        ({"expected_m": 4}, ValueError, "expected_m: expected None"),
         ({"stream": 5}, ValueError, "stream: expected None with the emulator"),
         ({"a": DeviceArray(4096, (10, 32), "float8_e4m3fn", 0, None)}, ValueError, "a: expected host memory"),
         ({"bias": DeviceArray(4096, (3, 16), "float32", 1, None)}, ValueError, "bias: expected host memory"),
@@ -350,7 +422,7 @@ def test_an_address_off_a_multiple_of_16_is_refused_as_on_a_gpu(kernels, rng):
 def test_bad_arguments_are_named(kernels, rng, changes, error, told):
     with pytest.raises(error, match=told):
         sm12x.grouped_gemm(**{**packed(rng), **changes}, backend="emulator")
-    assert driver.memory().used == 0
+    assert in_use() == 0
 
 
 def test_an_output_that_overlaps_an_input_is_refused(kernels, rng):
@@ -371,10 +443,18 @@ def test_a_read_only_output_is_refused(kernels, rng):
 
 def test_offsets_are_checked_where_that_is_asked_for(kernels, rng, monkeypatch):
     monkeypatch.setattr(launch, "CHECK", True)
-    run(packed(rng))
+    told = "offsets: expected values from 0 to M that never decrease"
+    run(packed(rng, variant=SMALL))
     kernels.status = 1
-    with pytest.raises(ValueError, match="offsets: expected values from 0 to M that never decrease"):
-        run(packed(rng))
+    with pytest.raises(ValueError, match=told):
+        run(packed(rng, variant=SMALL))
+    arguments = packed(rng, variant=ONE_LAUNCH)
+    run(arguments)
+    arguments["offsets"][1:3] = 5, 4
+    with pytest.raises(ValueError, match=told):
+        run(arguments)
+    with pytest.raises(ValueError, match="rows: expected values from 0 to max_m = 4, got 1 to 5"):
+        run(masked(rng, (1, 5, 2)))
 
 
 def test_the_environment_chooses_the_backend(kernels, rng, monkeypatch):
@@ -382,7 +462,8 @@ def test_the_environment_chooses_the_backend(kernels, rng, monkeypatch):
     monkeypatch.setattr(emulated, "BACKEND", "emulator")
     with emulator.use() as session:
         close(sm12x.grouped_gemm(**arguments), {**arguments, "backend": "auto"})
-        assert len(session.launches) == 2, "one of the two calls ran in the emulator"
+        (gemm,) = (each for each in session.launches if "prepare" not in each.variant)
+        assert gemm.grid, "one of the two calls ran in the emulator"
     assert sm12x.workspace_size(3) == sm12x.workspace_size(3, backend="emulator")
     monkeypatch.setattr(emulated, "BACKEND", "gpu")
     with pytest.raises(ValueError, match="SM12X_BACKEND: expected one of auto, emulator, got 'gpu'"):
@@ -399,7 +480,7 @@ def test_the_environment_chooses_the_device(kernels, rng, monkeypatch):
     device = driver.open_device()
     assert (device.arch, device.sm_count) == ("sm_121a", 3)
     run(packed(rng))
-    assert kernels.seeds == [9, 9]
+    assert set(kernels.seeds) == {9}
     for name, value, told in (
         ("SMS", "many", "SM12X_EMULATOR_SMS: expected an integer, got 'many'"),
         ("SMS", "49", "SM12X_EMULATOR_SMS: expected 1 to 48 for gb10, got 49"),
@@ -453,7 +534,7 @@ def test_switches_are_0_or_1(option, value):
 def test_numpy_integers_are_options(kernels, rng):
     with emulator.use(seed=np.int64(9), sms=np.int32(2), resident=np.uint8(1)) as session:
         run(packed(rng))
-    assert kernels.seeds == [9, 9]
+    assert set(kernels.seeds) == {9}
     assert type(session.options.seed) is int  # the scheduler's generator takes no other
 
 
@@ -583,6 +664,38 @@ def test_tensor_maps_are_encoded_into_the_callers_memory(fresh):
     assert encode(ctypes.c_void_p(start), 99, *rest[1:]) == 1
 
 
+def test_the_address_in_a_tensor_map_is_replaced_and_nothing_else(fresh):
+    hot = emulated_device().driver.hot
+    storage = (ctypes.c_uint64 * 24)()
+    start = ctypes.addressof(storage) + -ctypes.addressof(storage) % 64
+    content = tensor_map.encode_tiled(
+        *(0, 3, 0x1000000000000, [128, 8, 2], [128, 1024], [128, 8, 1], [1, 1, 1], 0, 3, 2, 0)
+    )
+    ctypes.memmove(start, content, 128)
+    replace_address = hot.cuTensorMapReplaceAddress
+    assert replace_address(ctypes.c_void_p(start), ctypes.c_void_p(0x2000000000010)) == 0
+    changed = tensor_map.decode(ctypes.string_at(start, 128))
+    assert changed == replace(tensor_map.decode(content), address=0x2000000000010)
+    assert replace_address(ctypes.c_void_p(start), ctypes.c_void_p(0x2000000000008)) == 1, "16-byte alignment"
+    assert replace_address(ctypes.c_void_p(start + 8), ctypes.c_void_p(0x2000000000000)) == 1
+    assert replace_address(ctypes.c_void_p(0), ctypes.c_void_p(0x2000000000000)) == 1
+    assert tensor_map.decode(ctypes.string_at(start, 128)) == changed
+    ctypes.memset(start, 0, 128)
+    assert replace_address(ctypes.c_void_p(start), ctypes.c_void_p(0x2000000000000)) == 1, "never encoded"
+
+
+def test_streams_end_and_zeroed_memory_is_zero(fresh):
+    device = emulated_device()
+    with runtime.current(device):
+        address = runtime.allocate_zeroed(device, 300)
+        assert runtime.read_bytes(device, address, 300, 0) == bytes(300)
+        stream = device.driver.call("cuStreamCreate", 1)
+        device.driver.call("cuStreamDestroy", stream)
+        for gone in (stream, 0, 77):
+            with pytest.raises(CudaError, match="cuStreamDestroy"):
+                device.driver.call("cuStreamDestroy", gone)
+
+
 def test_launches_that_cuda_refuses_are_refused(kernels, rng):
     device = emulated_device()
     variant = manifest.default().variants["fp8_ptr_array_128x128x128_coop_bf16"]
@@ -647,8 +760,6 @@ def test_the_emulator_needs_no_cuda_and_others_need_no_emulator():
 
 
 # The shipped kernels themselves; tests/emulated has more of them elsewhere.
-
-SMALL = "fp8_ptr_array_128x16x128_swap_bf16"
 
 
 def within_tolerance(out, arguments):
@@ -718,3 +829,39 @@ def test_the_shipped_preparation_finds_bad_offsets(fresh, rng, monkeypatch):
         with pytest.raises(ValueError, match=told):
             run(arguments, variant=SMALL)
     assert (arguments["out"] == 5).all()
+
+
+@pytest.mark.parametrize("mode", ["whole", "split"])
+@pytest.mark.parametrize("layout", ["packed", "gathered", "masked"])
+def test_the_shipped_one_launch_kernels_compute_a_call_whatever_the_seed(fresh, rng, mode, layout):
+    e, n, k = 3, 136, 144
+
+    def weights(*shape):
+        return rng.uniform(0.5, 2, shape).astype(np.float32)
+
+    more = {"b_scale": weights(e, n), "bias": rng.standard_normal((e, n)).astype(np.float32)}
+    if layout == "masked":
+        arguments = masked(rng, (5, 0, 18), 20, n, k, a_scale=weights(e, 20), expected_m=8, **more)
+        rows = (e, 20)
+    else:
+        arguments = packed(rng, (5, 0, 18), n, k, a_scale=weights(23, 1), **more)
+        rows = (23,)
+    if layout == "gathered":
+        arguments["a"], arguments["a_scale"] = fp8(rng, 9, k), weights(9)
+        arguments["row_index"] = rng.integers(-1, 10, 23).astype(np.int64)
+    arguments["row_weight"] = weights(*rows)
+    operands = {name: value for name, value in arguments.items() if name != "out"}
+    ref, abs_sum = reference.grouped_gemm_float64(**operands)
+    has_rows = ~np.isnan(ref)
+    results = []
+    for seed in rng.integers(0, 2**31, 2).tolist():
+        arguments["out"] = np.full((*rows, n), 5, np.float32)
+        with emulator.use(seed=seed, sms=3) as session:
+            run(arguments, variant=f"{ONE_LAUNCH}:{mode}", out_dtype="float32")
+        assert [each.variant for each in session.launches] == [ONE_LAUNCH]
+        assert session.launches[0].result.segments > 100, "no stand-in ran"
+        out = arguments["out"]
+        assert (out[~has_rows] == 5).all(), "rows of no expert"
+        assert reference.check(out[has_rows], ref[has_rows], abs_sum[has_rows], k)[1] <= 1
+        results.append(out.copy())
+    assert (results[0].view(np.uint32) == results[1].view(np.uint32)).all(), "bit-identical from run to run"

@@ -122,11 +122,21 @@ def test_planted_resource_is_caught(
     assert any(expected in problem for problem in problems), problems
 
 
-def test_own_kernels_may_not_spill_at_all(manifest: dict[str, Any]) -> None:
+@pytest.mark.parametrize("family_and_role", [("fp8_ptr_array", "prepare_list"), ("fp8_packed", "gemm")])
+@pytest.mark.parametrize(
+    ("usage", "expected"), [("spill_bytes", "spills 4"), ("stack_bytes", "a stack of 4")]
+)
+def test_own_kernels_may_not_spill_at_all(
+    manifest: dict[str, Any], family_and_role: tuple[str, str], usage: str, expected: str
+) -> None:
     broken = copy.deepcopy(manifest)
-    variant = next(v for v in broken["variants"].values() if v["role"] != "gemm")
-    variant["targets"]["sm_120a"]["cubins"]["cu13"]["spill_bytes"] = 4
-    assert len(lint.resource_problems(broken)) == 1
+    variant = next(v for v in broken["variants"].values() if (v["family"], v["role"]) == family_and_role)
+    cubin = variant["targets"]["sm_120a"]["cubins"]["cu13"]
+    cubin.update(spill_bytes=0, stack_bytes=0)
+    before = lint.resource_problems(broken)
+    cubin[usage] = 4
+    (problem,) = set(lint.resource_problems(broken)) - set(before)
+    assert problem.startswith(f"{variant['symbol'].removeprefix('sm12x_')} sm_120a cu13: {expected}")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +145,11 @@ def test_own_kernels_may_not_spill_at_all(manifest: dict[str, Any]) -> None:
         (lambda text: text + "\n", "not normalised"),
         (lambda text: text.replace("sm_120a", "sm_121a"), "is for sm_121a"),
         (lambda text: text + ".visible .entry second()\n{\n\tret;\n}\n", "entries"),
-        (lambda text: text.replace("\tret;", "\tgriddepcontrol.wait;\n\tret;", 1), "griddepcontrol"),
+        (lambda text: text.replace("\tgriddepcontrol.wait;", ""), "griddepcontrol.wait says"),
+        (
+            lambda text: text.replace("\tgriddepcontrol.launch_dependents;", ""),
+            "griddepcontrol.launch_dependents says",
+        ),
         (lambda text: text.replace("\tret;", "\tmembar.gl;\n\tret;", 1), "more than its .target"),
         (lambda text: text + ".shared .align 16 .b8 planted[102400];\n", "static included"),
         (lambda text: text.replace(ptx.INFO_SYMBOL + "[", "other["), ptx.INFO_SYMBOL),
@@ -155,9 +169,15 @@ def test_planted_ptx_is_caught(
 
 def test_pdl_flag_without_a_wait_is_caught(manifest: dict[str, Any]) -> None:
     broken = copy.deepcopy(manifest)
-    variant, _ = _first(broken)
-    variant["pdl"] = not variant["pdl"]
-    assert len([p for p in lint.ptx_problems(broken, store.CUBINS_DIR) if "pdl" in p]) == len(TARGETS)
+    for planted in (True, False):
+        next(v for v in broken["variants"].values() if v["pdl"] != planted)["pdl"] = planted
+    problems = [p for p in lint.ptx_problems(broken, store.CUBINS_DIR) if "pdl is" in p]
+    assert len(problems) == 2 * 2 * len(TARGETS)
+    assert {p.split("pdl is ")[1] for p in problems} == {
+        f"{planted}, griddepcontrol.{what} says otherwise"
+        for planted in (True, False)
+        for what in ("wait", "launch_dependents")
+    }
 
 
 def test_stale_source_flags_and_table_are_caught(manifest: dict[str, Any]) -> None:

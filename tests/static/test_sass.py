@@ -1,5 +1,5 @@
-"""The machine code of the shipped cubins: the right MMA, nothing in local memory beside it, PDL wait iff
-flagged.
+"""The machine code of the shipped cubins: the right MMA, nothing in local memory beside it, PDL wait and
+trigger iff flagged, and how many issue slots the packed kernels' main loops take.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from sm12x_build import BuildError, sass, store
+from sm12x_build import BuildError, lint, main_loop, sass, store
 
 HERE = Path(__file__).resolve().parent
+README = HERE.parents[1] / "cuda" / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +50,37 @@ def test_main_loops_hold_the_right_mma_and_no_local_memory(
 
 
 def test_own_kernels_use_no_local_memory(manifest: dict[str, Any], kernels: dict[str, sass.Kernel]) -> None:
-    own = [item for item in _cubins(manifest) if item[1]["role"] != "gemm"]
-    assert own, "the manifest lists no kernel of our own layer"
-    for _, _, _, path in own:
-        assert [str(i) for i in kernels[path].instructions if i.is_local] == [], path
+    own = [item for item in _cubins(manifest) if not lint.runs_in_cutlass_shell(item[1])]
+    assert {item[1]["role"] for item in own} >= {"gemm", "prepare_packed"}, "kernels of our own are missing"
+    used = {path: [str(i) for i in kernels[path].instructions if i.is_local] for _, _, _, path in own}
+    assert {path: found for path, found in used.items() if found} == {}
 
 
-def test_pdl_wait_iff_flagged(manifest: dict[str, Any], kernels: dict[str, sass.Kernel]) -> None:
+def test_pdl_wait_and_trigger_iff_flagged(manifest: dict[str, Any], kernels: dict[str, sass.Kernel]) -> None:
+    assert {variant["pdl"] for _, variant, _, _ in _cubins(manifest)} == {False, True}
     for _, variant, _, path in _cubins(manifest):
         assert sass.waits_on_grid(kernels[path]) == variant["pdl"], path
+        assert sass.launches_dependents(kernels[path]) == variant["pdl"], path
+
+
+@pytest.mark.parametrize("target", ["sm_120a", "sm_121a"])
+@pytest.mark.parametrize("major", ["cu12", "cu13"])
+def test_the_large_packed_tile_takes_few_issue_slots(
+    manifest: dict[str, Any], kernels: dict[str, sass.Kernel], target: str, major: str
+) -> None:
+    """At 1.6 issue slots per MMA the four schedulers of an SM have room to spare for the tensor cores."""
+    rows = main_loop.read_shipped(manifest, kernels.__getitem__, target=target, major=major)
+    large = [loop for variant, _, loop in rows if variant["tile"][:2] == [128, 128] and not loop.step]
+    assert large, "no packed kernel has a 128x128 tile"
+    assert max(loop.mix.slots_per_mma for loop in large) <= 1.6, large
+
+
+def test_the_readme_has_the_packed_main_loops_as_they_are(
+    manifest: dict[str, Any], kernels: dict[str, sass.Kernel]
+) -> None:
+    rows = main_loop.read_shipped(manifest, kernels.__getitem__)
+    table = main_loop.shipped_table(rows, manifest["toolchain"])
+    assert table in README.read_text(), "run python cuda/tools/main_loop.py --shipped"
 
 
 def test_kernel_has_its_symbol(manifest: dict[str, Any], kernels: dict[str, sass.Kernel]) -> None:
@@ -167,6 +190,8 @@ def test_empty_or_odd_listing_is_a_failure() -> None:
         _planted(joined="BRX R2 -0x100").loops()
 
 
-def test_wait_is_seen() -> None:
-    assert not sass.waits_on_grid(_planted())
+def test_wait_and_trigger_are_seen() -> None:
+    assert not sass.waits_on_grid(_planted(joined="PREEXIT"))
     assert sass.waits_on_grid(_planted(joined="ACQBULK"))
+    assert not sass.launches_dependents(_planted(joined="ACQBULK"))
+    assert sass.launches_dependents(_planted(joined="PREEXIT"))

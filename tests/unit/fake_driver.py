@@ -17,6 +17,7 @@ from typing import Any
 from cuda.bindings import driver as real_bindings
 
 from sm12x import abi, driver, manifest
+from sm12x.launch_config import PROGRAMMATIC_STREAM_SERIALIZATION, LaunchConfig
 from sm12x.ops import grouped_gemm as grouped_gemm_module
 from sm12x.ops import launch
 from unit.fake_family import write_family
@@ -38,7 +39,8 @@ class FakeGpu:
 
 @dataclass
 class Launch:
-    """One recorded launch; `params` is the struct that the kernel would have got."""
+    """One recorded launch; `params` is the struct that the kernel would have got. `programmatic`: launched by
+    cuLaunchKernelEx with that attribute."""
 
     symbol: str
     grid: tuple[int, int, int]
@@ -47,6 +49,7 @@ class Launch:
     stream: int
     params: Any
     context: int
+    programmatic: bool = False
 
 
 @dataclass
@@ -57,10 +60,13 @@ class FakeDriver:
     version: int = 13020
     fail: dict[str, Any] = field(default_factory=dict)
     status_word: int = 0  # what the preparation kernel would have left behind
+    content: dict[int, bytes] = field(default_factory=dict)  # of device memory, by address
     capturing: bool = False
     calls: list[str] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
     allocated: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, int] = field(default_factory=dict)  # from cuMemAlloc
+    capture_mode: Any = real_bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
     freed: list[int] = field(default_factory=list)
     attributes: list[tuple[str, str, int]] = field(default_factory=list)
     loaded: list[bytes] = field(default_factory=list)
@@ -83,6 +89,8 @@ class FakeDriver:
                 setattr(self.bindings, name[3:], self._recorded(name[3:], getattr(self, name)))
         prototypes = {
             "cuLaunchKernel": [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3],
+            "cuLaunchKernelEx": [ctypes.c_void_p] * 4,
+            "cuTensorMapReplaceAddress": [ctypes.c_void_p] * 2,
             "cuCtxGetCurrent": [ctypes.c_void_p],
             "cuCtxSetCurrent": [ctypes.c_void_p],
             "cuTensorMapEncodeTiled": [
@@ -175,9 +183,26 @@ class FakeDriver:
         self.freed.append(int(address))
         self.log.append(("free", int(address), int(stream)))
 
+    def do_cuMemAlloc(self, size):
+        address = HIGH + 0x8000_0000 + 0x100_0000 * len(self.kept)
+        self.kept[address] = size
+        return real_bindings.CUdeviceptr(address)
+
+    def do_cuMemsetD8Async(self, address, value, size, stream):
+        self.log.append(("memset", int(address), value, size))
+
+    def do_cuStreamDestroy(self, stream):
+        return None
+
+    def do_cuThreadExchangeStreamCaptureMode(self, mode):
+        before, self.capture_mode = self.capture_mode, mode
+        return before
+
     def do_cuMemcpyDtoHAsync(self, target, source, size, stream):
         self.log.append(("copy", int(source), int(stream)))
-        ctypes.memmove(target, self.status_word.to_bytes(4, "little"), size)
+        content = self.content.get(int(source), self.status_word.to_bytes(4, "little"))
+        assert len(content) == size
+        ctypes.memmove(target, content, size)
 
     def do_cuStreamSynchronize(self, stream):
         self.log.append(("synchronize", int(stream)))
@@ -217,18 +242,36 @@ class FakeDriver:
 
     def c_cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, arguments, extra):
         status = self._status("cuLaunchKernel")
-        if status:
-            return status
+        if not status:
+            self._launched(function, (gx, gy, gz), (bx, by, bz), shared, stream, arguments, False)
+        return status
+
+    def c_cuLaunchKernelEx(self, config, function, arguments, extra):
+        status = self._status("cuLaunchKernelEx")
+        if not status:
+            given = LaunchConfig.from_address(config)
+            attributes = {each.id: each.value[0] for each in given.attributes[: given.count]}
+            self._launched(
+                function,
+                (given.gx, given.gy, given.gz),
+                (given.bx, given.by, given.bz),
+                given.shared,
+                given.stream,
+                arguments,
+                attributes == {PROGRAMMATIC_STREAM_SERIALIZATION: 1},
+            )
+        return status
+
+    def _launched(self, function, grid, block, shared, stream, arguments, programmatic):
         symbol = self.symbols[function - FUNCTION]
         (params,) = {v.params for v in manifest.default().variants.values() if v.symbol == symbol}
         struct = abi.STRUCTS[params]
         address = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
         params = struct.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(struct)))
         self.launches.append(
-            Launch(symbol, (gx, gy, gz), (bx, by, bz), shared, stream or 0, params, self.context)
+            Launch(symbol, grid, block, shared, stream or 0, params, self.context, programmatic)
         )
         self.log.append(("launch", symbol, stream or 0))
-        return 0
 
     def c_cuCtxGetCurrent(self, target):
         status = self._status("cuCtxGetCurrent")
@@ -246,7 +289,7 @@ class FakeDriver:
         if status:
             return status
         assert target % 64 == 0, "a CUtensorMap lies at a multiple of 64"
-        assert address > 0
+        address = address or 0
         assert address % 16 == 0
         dims = ctypes.cast(dims, ctypes.POINTER(ctypes.c_uint64))[:rank]
         strides = ctypes.cast(strides, ctypes.POINTER(ctypes.c_uint64))[: rank - 1]
@@ -254,9 +297,15 @@ class FakeDriver:
         steps = ctypes.cast(steps, ctypes.POINTER(ctypes.c_uint32))[:rank]
         assert all(stride % 16 == 0 and stride for stride in strides)
         assert (interleave, fill, steps) == (0, 0, [1] * rank)
-        text = f"{kind} {rank} {dims} {box} {swizzle} {promotion}".encode()
-        ctypes.memmove(target, text.ljust(128, b"\0"), 128)
+        text = f"{kind} {rank} {dims} {strides} {box} {swizzle} {promotion}".encode()
+        ctypes.memmove(target, text.ljust(120, b"\0") + address.to_bytes(8, "little"), 128)
         return 0
+
+    def c_cuTensorMapReplaceAddress(self, target, address):
+        status = self._status("cuTensorMapReplaceAddress")
+        if not status:
+            ctypes.memmove(target + 120, address.to_bytes(8, "little"), 8)
+        return status
 
 
 def reset():
@@ -272,15 +321,15 @@ def reset():
     grouped_gemm_module._plans.clear()
 
 
-def install(monkeypatch, root, *, major="13", **options):
+def install(monkeypatch, root, *, major="13", packed=False, **options):
     """Put a fake driver and torch in place for one test, with the cubins of `root`; returns the driver.
 
-    A `root` without a manifest gets the made-up family.
+    A `root` without a manifest gets the made-up family fp8_ptr_array, with `packed` fp8_packed too.
     """
     fake = FakeDriver(**options)
     if not (root / "manifest.json").exists():
         root = root / "cubins"
-        write_family(root)
+        write_family(root, packed=packed)
     monkeypatch.setattr(driver, "_import_bindings", lambda: fake.bindings)
     monkeypatch.setattr(driver, "_load_library", lambda: fake.library)
     monkeypatch.setattr(manifest, "find_root", lambda: root)

@@ -1,4 +1,4 @@
-"""The family fp8_ptr_array with made-up cubins, laid out the way the build does."""
+"""The families fp8_ptr_array and fp8_packed with made-up cubins, laid out the way the build does."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ GEMMS = [
     ("128x16x128_swap", (128, 16, 128), "cooperative", True, 384, 70656, 384, "y"),
 ]
 OUTS = {"bf16": "bfloat16", "fp16": "float16"}
+# (key stem, tile, schedule, swap_ab, threads, shared memory, partials per CTA, MMA warps)
+PACKED = [
+    ("128x8x128_swap", (128, 8, 128), "cooperative", True, 192, 88064, 8192, 4),
+    ("128x32x128_swap", (128, 32, 128), "cooperative", True, 192, 82944, 32768, 4),
+    ("128x16x64_swap", (128, 16, 64), "cooperative", True, 192, 93184, 16384, 4),
+    ("128x128x128_coop", (128, 128, 128), "cooperative", False, 320, 99328, 131072, 8),
+]
+PACKED_OUTS = ["bfloat16", "float16", "float32"]
 
 
 def abi_record() -> dict[str, Any]:
@@ -33,8 +41,9 @@ def abi_record() -> dict[str, Any]:
     return {"structs": structs, "constants": abi.constants()}
 
 
-def write_family(root, archs=("sm_120a", "sm_121a", "sm_90a"), majors=("cu12", "cu13")):
-    """The family fp8_ptr_array with made-up cubins under `root`, the way the build lays it out."""
+def write_family(root, archs=("sm_120a", "sm_121a", "sm_90a"), majors=("cu12", "cu13"), packed=False):
+    """The family fp8_ptr_array with made-up cubins under `root`, the way the build lays it out; with `packed`
+    fp8_packed too."""
     variants = {}
 
     def add(key, kernel):
@@ -100,6 +109,35 @@ def write_family(root, archs=("sm_120a", "sm_121a", "sm_90a"), majors=("cu12", "
                 "shared_memory": 0,
                 "grid_axis": "x",
                 "workspace_per_cta": 0,
+            },
+        )
+    for stem, tile, schedule, swap, threads, shared, workspace, warps in PACKED if packed else ():
+        token, feature = (tile[1], tile[0]) if swap else (tile[0], tile[1])
+        maps = {
+            name: {"rank": 3, "box": [tile[2], rows], "swizzle": tile[2], "element_bytes": 1}
+            for name, rows in (("a", token), ("b", feature))
+        }
+        add(
+            f"fp8_packed_{stem}",
+            {
+                "family": "fp8_packed",
+                "role": "gemm",
+                "params": "sm12x_packed_params",
+                "tile": list(tile),
+                "schedule": schedule,
+                "swap_ab": swap,
+                "a": "float8_e4m3fn",
+                "b": "float8_e4m3fn",
+                "outs": PACKED_OUTS,
+                "mma": "unit_scale",
+                "pdl": stem != "128x32x128_swap",
+                "stages": 4,
+                "threads": threads,
+                "shared_memory": shared,
+                "grid_axis": "x",
+                "workspace_per_cta": workspace,
+                "mma_warps": warps,
+                "tensor_maps": maps,
             },
         )
     contents = {"schema": 1, "toolchain": {"nvcc": "13.3.73"}, "abi": abi_record(), "variants": variants}

@@ -44,6 +44,18 @@ GEMM = {
     "stages": 3,
     "tensor_maps": {x: {"rank": 2, "box": [128, 32], "swizzle": 128, "element_bytes": 1} for x in "abd"},
 }
+_PACKED = {name: value for name, value in GEMM.items() if name not in ("out", "tensor_maps")}
+PACKED = {
+    **_PACKED,
+    "family": "fp8_packed",
+    "params": "sm12x_packed_params",
+    "symbol": "sm12x_packed",
+    "threads": 192,
+    "outs": ["bfloat16", "float16", "float32"],
+    "pdl": True,
+    "mma_warps": 4,
+    "tensor_maps": {x: {"rank": 3, "box": [64, 32], "swizzle": 64, "element_bytes": 1} for x in "ab"},
+}
 
 
 def write_manifest(root, kernels):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ NAMES = """.global .b8 _ZN_INTERNAL_{path}_4_t_cu_{content}36_GLOBAL__N__{path}_
 \tret;
 }}
 """
+PACKED_INFO = [320, 98384, 3, 0, 65536, 8, 3, 128, 128, 128, 1, 3, 128, 128, 128, 1]
 GEMM_INFO = [384, 98304, 5, 1, 1792, 2, 128, 128, 128, 1, 2, 128, 16, 128, 1, 2, 64, 16, 0, 2]
 
 
@@ -59,6 +61,22 @@ source = "cuda/kernels/prepare.cu"
 family = "f"
 role = "prepare_packed"
 params = "p"
+"""
+FAMILY = """[[family]]
+source = "cuda/kernels/gemm.cu"
+family = "f"
+role = "gemm"
+schedule = "cooperative"
+a = "float8_e4m3fn"
+b = "float8_e4m3fn"
+outs = ["bfloat16", "float32"]
+mma = "unit_scale"
+params = "p"
+variants = [
+  { key = "small", tile = [128, 8, 64], swap_ab = true, pdl = true },
+  { key = "large", tile = [128, 128, 128], swap_ab = false, targets = ["sm_90a"] },
+]
+defines = { TILE_N = "{tile[1]}", SWAP = "{swap_ab:d}", PDL = "{pdl:d}", OUT = "x::y" }
 """
 
 
@@ -82,6 +100,56 @@ def test_flags_hold_no_path_and_name_the_symbol(tmp_path: Path) -> None:
     assert not [flag for flag in flags if "/" in flag]
 
 
+def test_family_is_shared_columns_and_a_list_and_defines_come_from_columns(tmp_path: Path) -> None:
+    table = variants.load_variants(_table(tmp_path, ROW + FAMILY))
+    assert list(table) == ["prepare", "small", "large"]
+    small, large = table["small"], table["large"]
+    assert small.defines == {"TILE_N": "8", "SWAP": "1", "PDL": "1", "OUT": "x::y"}
+    assert large.defines == {"TILE_N": "128", "SWAP": "0", "PDL": "0", "OUT": "x::y"}
+    assert (small.targets, large.targets) == (variants.TARGETS, ("sm_90a",))
+    assert small.facts["outs"] == ["bfloat16", "float32"]
+    assert (small.facts["pdl"], large.facts["pdl"]) == (True, False)
+    assert not {"defines", "variants", "targets", "key", "source"} & set(small.facts)
+
+
+def test_pdl_flag_is_the_only_place_that_says_so() -> None:
+    """The table's pdl column decides the kernel's wait and trigger: no define repeats it."""
+    text = variants.TABLE_FILE.read_text()
+    packed = [variant for variant in variants.load_variants().values() if "SM12X_PDL" in variant.defines]
+    assert packed
+    for variant in packed:
+        assert variant.defines["SM12X_PDL"] == str(int(variant.facts["pdl"])), variant.key
+    assert re.findall(r"^SM12X_PDL = (.*)$", text, re.MULTILINE) == ['"{pdl:d}"']
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["small"], ["small"]),
+        (["*l*"], ["large", "small"]),
+        (["prep*", "large"], ["large", "prepare"]),
+        (["small", "medium*"], None),
+    ],
+)
+def test_build_takes_patterns_of_keys(
+    tmp_path: Path, patterns: list[str], expected: list[str] | None
+) -> None:
+    """`build.py --variant PATTERN`: what is like it, and an error where nothing is."""
+    program = (
+        "import argparse, pathlib, sys, build; p = argparse.ArgumentParser(); build.add_arguments(p); "
+        "t = build.load_variants(pathlib.Path(sys.argv[1])); "
+        "print(*(v.key for v in build._selected(p.parse_args(sys.argv[2:]), t)))"
+    )
+    words = [word for pattern in patterns for word in ("--variant", pattern)]
+    command = [sys.executable, "-c", program, str(_table(tmp_path, ROW + FAMILY)), *words]
+    folder = ROOT / "cuda" / "tools"
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if expected is None:
+        assert "no variant is like ['medium*']" in done.stderr
+    else:
+        assert done.stdout.split() == expected, done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -94,6 +162,16 @@ def test_flags_hold_no_path_and_name_the_symbol(tmp_path: Path) -> None:
         (ROW.replace("prepare_packed", "gemm"), "tile is missing"),
         (ROW + 'targets = ["sm_100a"]\n', "targets should be"),
         (ROW + ROW.replace('"prepare"', '"second"\nsymbol = "sm12x_prepare"'), "share a symbol"),
+        (ROW + 'defines = { A = "{colour}" }\n', "A: '{colour}' cannot be filled in .KeyError"),
+        (ROW + 'defines = { A = "{family:d}" }\n', "cannot be filled in .ValueError"),
+        (ROW.replace("[[variant]]", "[[variants]]"), "unknown tables"),
+        (FAMILY.replace("tile = [128, 8, 64], ", ""), r"family 1, variant 1 \(small\): the column tile is"),
+        (FAMILY.replace("tile = [128, 8, 64]", "tile = [128, 8]"), "three integers"),
+        (FAMILY.replace("[128, 8, 64],", '[128, 8, 64], a = "b",'), r"\['a'\] are columns of the family"),
+        (FAMILY.replace("outs = ", 'out = "bfloat16"\nouts = '), "one of out and outs"),
+        (FAMILY.replace('outs = ["bfloat16", "float32"]\n', ""), "one of out and outs"),
+        (FAMILY.replace('outs = ["bfloat16", "float32"]', "outs = []"), "one of out and outs"),
+        (ROW.replace("[[variant]]", "[[family]]"), "family 1: it lists no variants"),
     ],
 )
 def test_wrong_table_is_refused_with_the_row(tmp_path: Path, text: str, expected: str) -> None:
@@ -172,7 +250,7 @@ def test_facts_are_read_from_either_spelling(spelling: str) -> None:
         kind, *space = spelling.split()
         words = ", ".join(map(str, GEMM_INFO))
         text = f".visible .{(space or ['global'])[0]} .align 4 .{kind} {ptx.INFO_SYMBOL}[20] = {{{words}}};"
-    facts = ptx.variant_facts(text, "gemm")
+    facts = ptx.variant_facts(text, "fp8_ptr_array", "gemm")
     assert facts["threads"] == 384
     assert (facts["shared_memory"], facts["stages"], facts["grid_axis"]) == (98304, 5, "y")
     assert facts["workspace_per_cta"] == 1792
@@ -183,22 +261,37 @@ def test_facts_are_read_from_either_spelling(spelling: str) -> None:
 def test_trailing_zeros_that_the_compiler_drops_are_put_back() -> None:
     text = f".global .align 4 .b8 {ptx.INFO_SYMBOL}[20] = {{0, 4}};"
     assert ptx.info_words(text) == [1024, 0, 0, 0, 0]
-    assert ptx.variant_facts(text, "prepare_list")["threads"] == 1024
+    assert ptx.variant_facts(text, "fp8_ptr_array", "prepare_list")["threads"] == 1024
+
+
+def test_packed_kernels_state_their_mma_warps_and_two_maps() -> None:
+    facts = ptx.variant_facts(_info_as_bytes(PACKED_INFO), "fp8_packed", "gemm")
+    assert (facts["threads"], facts["mma_warps"], facts["workspace_per_cta"]) == (320, 8, 65536)
+    assert facts["grid_axis"] == "x"
+    assert facts["tensor_maps"] == {
+        "a": {"rank": 3, "box": [128, 128], "swizzle": 128, "element_bytes": 1},
+        "b": {"rank": 3, "box": [128, 128], "swizzle": 128, "element_bytes": 1},
+    }
 
 
 @pytest.mark.parametrize(
-    ("text", "role", "expected"),
+    ("text", "family", "role", "expected"),
     [
-        ("", "gemm", "found 0"),
-        (_info_as_bytes([32, 1, 0, 0, 128]), "gemm", "20 numbers, got 5"),
-        (_info_as_bytes([32, 1, 0, 0, 100]), "prepare_list", "no sense"),
-        (_info_as_bytes([32, 1, 0, 2, 128]), "prepare_list", "no sense"),
-        (_info_as_bytes([*GEMM_INFO[:-2], 7, 2]), "gemm", "tensor map of d"),
+        ("", "fp8_ptr_array", "gemm", "found 0"),
+        (_info_as_bytes([32, 1, 0, 0, 128]), "fp8_ptr_array", "gemm", "20 numbers, got 5"),
+        (_info_as_bytes(GEMM_INFO), "fp8_packed", "gemm", "16 numbers, got 20"),
+        (_info_as_bytes(GEMM_INFO), "fp8_other", "gemm", "family fp8_other"),
+        (_info_as_bytes([32, 1, 0, 0, 100]), "fp8_ptr_array", "prepare_list", "no sense"),
+        (_info_as_bytes([32, 1, 0, 2, 128]), "fp8_ptr_array", "prepare_list", "no sense"),
+        (_info_as_bytes([*GEMM_INFO[:-2], 7, 2]), "fp8_ptr_array", "gemm", "tensor map of d"),
+        (_info_as_bytes([*PACKED_INFO[:5], 11, *PACKED_INFO[6:]]), "fp8_packed", "gemm", "11 MMA warps"),
+        (_info_as_bytes([*PACKED_INFO[:5], 0, *PACKED_INFO[6:]]), "fp8_packed", "gemm", "0 MMA warps"),
+        (_info_as_bytes([*PACKED_INFO[:-2], 96, 1]), "fp8_packed", "gemm", "tensor map of b"),
     ],
 )
-def test_facts_that_make_no_sense_are_refused(text: str, role: str, expected: str) -> None:
+def test_facts_that_make_no_sense_are_refused(text: str, family: str, role: str, expected: str) -> None:
     with pytest.raises(BuildError, match=expected):
-        ptx.variant_facts(text, role)
+        ptx.variant_facts(text, family, role)
 
 
 # Assembling

@@ -250,12 +250,12 @@ def test_tensor_maps_are_encoded_once_per_device_and_variant(fake):
     assert maps == get_tensor_maps(device, variant(SWAP), 0x7F00_0000_0020)
     assert fake.calls.count("cuTensorMapEncodeTiled") == 3
     assert len(maps) == 384
-    texts = [maps[i : i + 128].rstrip(b"\0").decode() for i in (0, 128, 256)]
+    texts = [maps[i : i + 120].rstrip(b"\0").decode() for i in (0, 128, 256)]
     # UINT8 and swizzle 128 B with L2 promotion 128 B for the operands, FLOAT16 without for D.
     assert texts == [
-        "0 2 [128, 128] [128, 128] 3 2",
-        "0 2 [128, 16] [128, 16] 3 2",
-        "6 2 [64, 64] [64, 64] 3 0",
+        "0 2 [128, 128] [128] [128, 128] 3 2",
+        "0 2 [128, 16] [128] [128, 16] 3 2",
+        "6 2 [64, 64] [128] [64, 64] 3 0",
     ]
     get_tensor_maps(driver.get_device(1), variant(SWAP), 0x7F00_0000_0010)
     assert fake.calls.count("cuTensorMapEncodeTiled") == 6

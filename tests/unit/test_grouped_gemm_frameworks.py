@@ -14,7 +14,8 @@ import sm12x
 from sm12x import outputs, streams
 from sm12x.ops import grouped_gemm as module
 from sm12x.validation.device import DeviceArray
-from unit.fake_driver import install
+from unit.fake_driver import install, reset
+from unit.fake_family import write_family
 from unit.gemm_cases import STREAM, E, K, M, N, nothing_happened, operands
 
 
@@ -142,6 +143,34 @@ def test_jax_in_and_out_is_ordered_on_both_sides(fake, jax):
     order = [entry for entry in fake.log if entry[0] in ("launch", "record", "wait")]
     assert [entry[0] for entry in order] == ["launch", "launch", "record", "wait"]
     assert [entry[-1] for entry in order] == [ours, ours, ours, 0x9000]
+
+
+@pytest.mark.parametrize("layout", ["gathered", "masked"])
+def test_rows_of_jax_arrays_are_ordered_and_held_too(fake, jax, monkeypatch, tmp_path, layout):
+    write_family(tmp_path / "cubins", packed=True)
+    reset()
+    fake.streams[0] = STREAM
+    args = dlpack_operands(fake, ArrayImpl)
+    rows, shape = (M,), (M, N)
+    if layout == "gathered":
+        args["row_index"] = ArrayImpl(fake, (M,), "int32")
+    else:
+        rows, shape = (E, 5), (E, 5, N)
+        del args["offsets"]
+        args.update(a=ArrayImpl(fake, (E, 5, K), "float8_e4m3fn"), rows=ArrayImpl(fake, (E,), "int32"))
+    args["row_weight"] = ArrayImpl(fake, rows, "float32")
+    # What is held is the capsules that the arrays were taken in by.
+    held = []
+    monkeypatch.setattr(outputs, "_hold", held.append)
+    kind, array = sm12x.grouped_gemm(**args)
+    assert (kind, array.tensor.shape) == ("imported", shape)
+    gemm = fake.launches[-1]
+    assert gemm.symbol.startswith("sm12x_fp8_packed_")
+    assert gemm.params.d == array.tensor.address
+    assert all(each.streams == [gemm.stream] for each in args.values())
+    ((inputs, pending),) = [entry.owners for entry in held]
+    assert len(inputs) == len(args)
+    assert len(pending) == 1
 
 
 def test_a_list_of_jax_arrays(fake, jax):

@@ -12,12 +12,13 @@ import pytest
 
 from sm12x import manifest
 from sm12x.errors import CubinError
-from unit.fake_family import GEMMS, write_family
+from unit.fake_family import GEMMS, PACKED, write_family
 
 SHIPPED = Path(__file__).resolve().parents[2] / "cubins"
 
 COOP = "fp8_ptr_array_128x128x128_coop_bf16"
 SWAP = "fp8_ptr_array_128x16x128_swap_fp16"
+ONE_LAUNCH = "fp8_packed_128x16x64_swap"
 
 
 @pytest.fixture
@@ -45,6 +46,41 @@ def test_load_gives_every_fact_of_a_variant(root):
     assert set(swap.targets["sm_90a"].cubins) == {"cu12", "cu13"}
     assert held.architectures("cu13") == ("sm_120a", "sm_121a", "sm_90a")
     assert held.only("fp8_ptr_array", "prepare_list").threads == 384
+
+
+def test_load_gives_every_fact_of_a_packed_variant(root):
+    write_family(root, packed=True)
+    held = manifest.load(root)
+    assert len(held.gemms("fp8_packed")) == len(PACKED)
+    variant = held.variants[ONE_LAUNCH]
+    assert (variant.outs, variant.out) == (("bfloat16", "float16", "float32"), "bfloat16")
+    assert (variant.params, variant.pdl, variant.mma_warps) == ("sm12x_packed_params", True, 4)
+    assert (variant.workspace_per_cta, variant.token_tile, variant.feature_tile) == (16384, 16, 128)
+    assert variant.tensor_maps == {
+        "a": manifest.TensorMap(3, (64, 16), 64, 1),
+        "b": manifest.TensorMap(3, (64, 128), 64, 1),
+    }
+    assert (held.variants[COOP].outs, held.variants[COOP].mma_warps) == (("bfloat16",), 0)
+    prepare = held.variants["fp8_ptr_array_prepare_list"]
+    assert (prepare.outs, prepare.out) == ((), "")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda v: v.pop("mma_warps"),
+        lambda v: v.update(mma_warps=0),
+        lambda v: v.update(outs=[]),
+        lambda v: v.pop("outs"),
+        lambda v: v["tensor_maps"].pop("a"),
+        lambda v: v.update(params="sm12x_other_params"),
+    ],
+)
+def test_a_packed_variant_with_a_bad_field_is_refused(root, edit):
+    write_family(root, packed=True)
+    rewrite(root, lambda contents: edit(contents["variants"][ONE_LAUNCH]))
+    with pytest.raises(CubinError, match="not a manifest of schema 1"):
+        manifest.load(root)
 
 
 def test_only_refuses_none_and_several(root):

@@ -157,3 +157,168 @@ def test_a_tensor_without_memory_is_named_in_a_remembered_call_too(fake):
     with pytest.raises(TypeError, match=r"^b: .*doesn't have storage"):
         sm12x.grouped_gemm(**args)
     assert fake.launches == []
+
+
+# The family fp8_packed: one launch, with rows gathered, weighted or masked.
+
+T, MAX_M = 7, 24
+
+
+def gathered(fake, **more):
+    t = fake.tensor
+    return complete(
+        fake,
+        a=t((T, K), "float8_e4m3fn"),
+        a_scale=t((T,), "float32"),
+        row_index=t((M,), "int32"),
+        row_weight=t((M,), "float32"),
+        **more,
+    )
+
+
+def masked(fake, **more):
+    t = fake.tensor
+    args = complete(
+        fake,
+        a=t((E, MAX_M, K), "float8_e4m3fn"),
+        a_scale=t((E, MAX_M), "float32"),
+        out=t((E, MAX_M, N), "bfloat16"),
+        rows=t((E,), "int32"),
+        row_weight=t((E, MAX_M), "float32"),
+        expected_m=3,
+    )
+    del args["offsets"]
+    return {**args, **more}
+
+
+@pytest.fixture
+def packed(monkeypatch, tmp_path):
+    fake = install(monkeypatch, tmp_path, packed=True)
+    fake.streams[0] = STREAM
+    return fake
+
+
+def forbid_the_long_way(monkeypatch):
+    def long_way(obj, name, stream):
+        raise AssertionError(f"{name} was taken in")
+
+    monkeypatch.setattr(module, "ingest", long_way)
+
+
+@pytest.mark.parametrize("make", [complete, gathered, masked])
+@pytest.mark.parametrize("mode", ["whole", "split"])
+@pytest.mark.parametrize("scratch", [True, False])
+def test_every_layout_is_remembered(packed, monkeypatch, make, mode, scratch):
+    options = {"variant": f"fp8_packed_128x8x128_swap:{mode}"}
+    if not scratch:
+        options["workspace"] = None
+    sm12x.grouped_gemm(**make(packed, **options))
+    packed.launches.clear()
+    forbid_the_long_way(monkeypatch)
+    args = make(packed, **options)
+    packed.streams[0] = STREAM + 64
+    assert sm12x.grouped_gemm(**args) is args["out"]
+    (gemm,) = packed.launches
+    p = gemm.params
+    assert gemm.stream == STREAM + 64
+    assert (p.a, p.d) == (args["a"].address, args["out"].address)
+    assert p.bounds == args["offsets" if "offsets" in args else "rows"].address
+    assert (p.a_scale, p.b_scale) == (args["a_scale"].address, args["b_scale"].address)
+    for name in ("row_index", "row_weight"):
+        assert getattr(p, name) == (args[name].address if name in args else 0)
+    assert (p.partials != 0, p.counters != 0) == (mode == "split", mode == "split")
+
+
+@pytest.mark.parametrize(
+    ("make", "changed"),
+    [
+        (gathered, {"row_index": ((M,), "int64")}),
+        (gathered, {"row_index": ((M,), "int32", -1)}),
+        (gathered, {"row_index": ((M + 1,), "int32")}),
+        (gathered, {"row_index": ((M,), "int32", 0, (2,))}),
+        (gathered, {"row_index": None}),
+        (gathered, {"row_weight": None}),
+        (gathered, {"row_weight": ((M, 1), "float32")}),
+        (gathered, {"row_weight": ((M,), "float16")}),
+        (gathered, {"row_weight": ((M,), "float32", 1)}),
+        (gathered, {"workspace": None}),
+        (gathered, {"a": ((T + 1, K), "float8_e4m3fn")}),
+        (masked, {"rows": ((E,), "int64")}),
+        (masked, {"rows": ((E,), "int32", 1)}),
+        (masked, {"row_weight": None}),
+        (complete, {"row_index": ((M,), "int32")}),
+        (complete, {"row_weight": ((M,), "float32")}),
+    ],
+    ids=str,
+)
+def test_a_call_with_other_rows_is_another_call(packed, monkeypatch, make, changed):
+    sm12x.grouped_gemm(**make(packed))
+    packed.launches.clear()
+    forbid_the_long_way(monkeypatch)
+    edits = {name: None if spec is None else packed.tensor(*spec) for name, spec in changed.items()}
+    with pytest.raises(AssertionError, match="was taken in"):
+        sm12x.grouped_gemm(**{**make(packed), **edits})
+    assert packed.launches == []
+
+
+@pytest.mark.parametrize("changed", [{"expected_m": 4}, {"expected_m": None}, {"variant": None}])
+def test_a_masked_call_with_other_options_is_another_call(packed, monkeypatch, changed):
+    options = {"variant": "fp8_packed_128x8x128_swap"}
+    sm12x.grouped_gemm(**masked(packed, **options))
+    forbid_the_long_way(monkeypatch)
+    with pytest.raises(AssertionError, match="was taken in"):
+        sm12x.grouped_gemm(**{**masked(packed, **options), **changed})
+
+
+def test_a_lazily_negated_weight_is_not_mistaken_for_a_plain_one(packed, monkeypatch):
+    sm12x.grouped_gemm(**gathered(packed))
+    forbid_the_long_way(monkeypatch)
+    args = gathered(packed)
+    args["row_weight"].is_neg = lambda: True
+    with pytest.raises(AssertionError, match="was taken in"):
+        sm12x.grouped_gemm(**args)
+
+
+@pytest.mark.parametrize("name", ["row_index", "row_weight", "rows"])
+@pytest.mark.parametrize("address", [None, 0])
+def test_a_bad_address_of_rows_is_refused_in_a_remembered_call_too(packed, name, address):
+    make = masked if name == "rows" else gathered
+    sm12x.grouped_gemm(**make(packed))
+    packed.launches.clear()
+    args = make(packed)
+    args[name].address = args[name].address + 2 if address is None else address
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        sm12x.grouped_gemm(**args)
+    assert packed.launches == []
+
+
+def test_offsets_beside_rows_are_refused_in_a_remembered_call_too(packed):
+    sm12x.grouped_gemm(**masked(packed))
+    packed.launches.clear()
+    with pytest.raises(ValueError, match="^offsets: expected None where rows is given"):
+        sm12x.grouped_gemm(**masked(packed), offsets=packed.tensor((E + 1,), "int32"))
+    assert packed.launches == []
+
+
+def test_counts_given_as_offsets_are_refused_in_a_remembered_call_too(packed):
+    sm12x.grouped_gemm(**masked(packed, expected_m=None))
+    packed.launches.clear()
+    args = masked(packed, expected_m=None)
+    args["offsets"] = args.pop("rows")
+    with pytest.raises(ValueError, match=r"^a: expected shape \(M, K\)"):
+        sm12x.grouped_gemm(**args)
+    assert packed.launches == []
+
+
+def test_a_misaligned_or_overlapping_operand_is_refused_in_a_remembered_call_too(packed):
+    sm12x.grouped_gemm(**gathered(packed))
+    packed.launches.clear()
+    args = gathered(packed)
+    args["a"].address += 8
+    with pytest.raises(ValueError, match="^a: expected an address"):
+        sm12x.grouped_gemm(**args)
+    args = gathered(packed)
+    args["out"].address = args["b"].address
+    with pytest.raises(ValueError, match="^out: expected memory of its own"):
+        sm12x.grouped_gemm(**args)
+    assert packed.launches == []

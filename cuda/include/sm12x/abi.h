@@ -59,6 +59,10 @@ enum sm12x_status {
   SM12X_STATUS_OFFSETS_RANGE = 2     /* an offset is negative or greater than M */
 };
 
+/* Tensor maps of the weights of a packed kernel: they differ in the features of a box, of which map i has
+ * twice as many as map i - 1. A variant uses as many of them as it needs to load any piece in few boxes. */
+#define SM12X_WEIGHT_MAPS 6
+
 /* Kernel parameters are at most 32,764 bytes; 340 records and their header fit. */
 #define SM12X_LIST_CAPACITY 340
 
@@ -184,8 +188,8 @@ typedef struct sm12x_prepare_list_params {
  * row_index names; an index outside of a reads zeros. */
 typedef struct sm12x_packed_params {
   sm12x_tensor_map map_a; /* (k, rows, 1 or num_groups), read where there is no row_index */
-  sm12x_tensor_map map_b; /* (k, n, num_groups) */
-  uint64_t a;             /* first row, read with a row_index */
+  sm12x_tensor_map map_b[SM12X_WEIGHT_MAPS]; /* (k, n, num_groups), see SM12X_WEIGHT_MAPS */
+  uint64_t a;                                /* first row, read with a row_index */
   uint64_t d;
   uint64_t bounds;     /* int32 or int64: offsets (num_groups + 1,), or counts (num_groups,) */
   uint64_t row_index;  /* int32 or int64 (rows,), or 0 */

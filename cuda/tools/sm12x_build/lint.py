@@ -110,8 +110,13 @@ def _targets(manifest: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any], st
             yield key, variant, target, record
 
 
+def runs_in_cutlass_shell(variant: dict[str, Any]) -> bool:
+    """Whether a variant is one of CUTLASS's kernels around our main loop; all others are ours throughout."""
+    return variant["role"] == "gemm" and variant["family"] in WRAPS_GEMM_UNIVERSAL
+
+
 def resource_problems(manifest: dict[str, Any]) -> list[str]:
-    """Shared memory, threads and spills beyond what is allowed."""
+    """Shared memory, registers, spills and stacks beyond what is allowed."""
     problems = []
     checked = 0
     for key, variant, target, record in _targets(manifest):
@@ -119,7 +124,7 @@ def resource_problems(manifest: dict[str, Any]) -> list[str]:
             problems.append(
                 f"{key}: {variant['shared_memory']} bytes of shared memory, over {SHARED_MEMORY_LIMIT}"
             )
-        in_shell = variant["role"] == "gemm" and variant["family"] in WRAPS_GEMM_UNIVERSAL
+        in_shell = runs_in_cutlass_shell(variant)
         allowed = SHELL_SPILL_LIMIT if in_shell else 0
         if set(record["cubins"]) != set(MAJORS):
             problems.append(f"{key} {target}: cubins for {sorted(record['cubins'])}, expected {list(MAJORS)}")
@@ -129,6 +134,8 @@ def resource_problems(manifest: dict[str, Any]) -> list[str]:
                 problems.append(
                     f"{key} {target} {major}: spills {cubin['spill_bytes']} bytes, {allowed} allowed"
                 )
+            if cubin["stack_bytes"] and not in_shell:
+                problems.append(f"{key} {target} {major}: a stack of {cubin['stack_bytes']} bytes")
             if cubin["registers"] * variant["threads"] > 65_536:
                 problems.append(
                     f"{key} {target} {major}: {cubin['registers']} registers x {variant['threads']}"
@@ -158,8 +165,8 @@ def file_problems(manifest: dict[str, Any], folder: Path) -> list[str]:
 
 
 def ptx_problems(manifest: dict[str, Any], folder: Path) -> list[str]:
-    """PTX whose hash, target, entry, launch facts or PDL wait is not what the manifest says, or whose sm_121a
-    text is not sm_120a's but for its target."""
+    """PTX whose hash, target, entry, launch facts or PDL wait and trigger are not what the manifest says, or
+    whose sm_121a text is not sm_120a's but for its target."""
     problems = []
     checked = 0
     for key, variant, target, record in _targets(manifest):
@@ -175,7 +182,7 @@ def ptx_problems(manifest: dict[str, Any], folder: Path) -> list[str]:
                 problems.append(f"{where}: the PTX is for {ptx.target_of(text)}")
             if ptx.entries(text) != [variant["symbol"]]:
                 problems.append(f"{where}: entries {ptx.entries(text)}, expected only {variant['symbol']}")
-            facts = ptx.variant_facts(text, variant["role"])
+            facts = ptx.variant_facts(text, variant["family"], variant["role"])
             problems += [
                 f"{where}: {name} is {value} in the PTX, {variant.get(name)} in the manifest"
                 for name, value in facts.items()
@@ -186,6 +193,10 @@ def ptx_problems(manifest: dict[str, Any], folder: Path) -> list[str]:
                 problems.append(f"{where}: {shared} bytes of shared memory, static included")
             if ptx.waits_on_grid(text) != variant["pdl"]:
                 problems.append(f"{where}: pdl is {variant['pdl']}, griddepcontrol.wait says otherwise")
+            if ptx.launches_dependents(text) != variant["pdl"]:
+                problems.append(
+                    f"{where}: pdl is {variant['pdl']}, griddepcontrol.launch_dependents says otherwise"
+                )
         except BuildError as error:
             problems.append(f"{where}: {error}")
     for key, variant in sorted(manifest["variants"].items()):

@@ -1,9 +1,12 @@
-"""What a main loop is made of: the innermost loops with MMAs in SASS, and their instructions per k-tile."""
+"""What a main loop is made of: the innermost loops with MMAs in SASS, and their instructions per k-tile; of
+header programs and of shipped cubins.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from . import BuildError
@@ -11,6 +14,9 @@ from .header_matrix import Entry
 from .sass import Instruction, Kernel, loops_among
 
 _MMA_M, _MMA_N, _MMA_K = 16, 8, 32
+
+
+PACKED = "fp8_packed"
 
 
 @dataclass(frozen=True)
@@ -22,10 +28,30 @@ class Mix:
     other: float
     k_tiles_per_iteration: int
 
+    @property
+    def slots_per_mma(self) -> float:
+        """Issue slots that the loop takes for one MMA."""
+        return (self.mma + self.ldsm + self.other) / self.mma
+
+
+@dataclass(frozen=True)
+class ShippedLoop:
+    """A main loop of a shipped kernel, for a ``part`` of its tile: 1, or less where it skips atoms that hold
+    nothing. ``step``: another loop for the same part takes more k-tiles at a time.
+    """
+
+    part: Fraction
+    step: bool
+    mix: Mix
+
+
+ShippedRow = tuple[Mapping[str, Any], int, ShippedLoop]
+"""A manifest entry, registers, and one of the kernel's main loops."""
+
 
 def innermost_mma_loops(kernel: Kernel, *, with_waits: bool = False) -> list[list[Instruction]]:
     """The loops with MMAs that hold no smaller loop with MMAs. Smaller loops in them are retries of waits and
-    are left out unless ``with_waits``.
+    are left out unless ``with_waits``, and so is the way back from a retry that lies out of line.
     """
     successors = kernel.successors()
     waiting = loops_among(set(range(len(successors))), successors)
@@ -38,7 +64,12 @@ def innermost_mma_loops(kernel: Kernel, *, with_waits: bool = False) -> list[lis
         if any(kernel.instructions[index].is_mma for smaller in inner for index in smaller):
             waiting.extend(inner)
         else:
-            kept = loop if with_waits else loop - set().union(*inner)
+            kept = loop
+            if not with_waits:
+                kept = loop - set().union(*inner)
+                without_ways_back = loops_among(kept, successors)
+                # Where a retry lies in line, nothing goes round without it.
+                kept = without_ways_back[0] if len(without_ways_back) == 1 else kept
             found.append([kernel.instructions[index] for index in sorted(kept)])
     return sorted(found, key=lambda loop: loop[0].address)
 
@@ -75,10 +106,15 @@ def mix_of(entry: Entry, kernel: Kernel) -> Mix:
         raise BuildError(f"{entry.name}: expected one main loop, found {len(loops)}")
     (loop,) = loops
     mma = sum(instruction.is_mma for instruction in loop)
-    ldsm = sum(instruction.name == "LDSM" for instruction in loop)
     k_tiles, rest = divmod(mma, mma_per_k_tile(entry))
     if rest or not k_tiles:
         raise BuildError(f"{entry.name}: {mma} MMAs a loop, {mma_per_k_tile(entry)} a k-tile")
+    return _mix(loop, k_tiles)
+
+
+def _mix(loop: Sequence[Instruction], k_tiles: int) -> Mix:
+    mma = sum(instruction.is_mma for instruction in loop)
+    ldsm = sum(instruction.name == "LDSM" for instruction in loop)
     return Mix(mma / k_tiles, ldsm / k_tiles, (len(loop) - mma - ldsm) / k_tiles, k_tiles)
 
 
@@ -100,4 +136,85 @@ def table(rows: Sequence[tuple[Entry, tuple[Mix, dict[str, Any]]]], tools: Mappi
         numbers = " | ".join(f"{number:g}" for number in (mix.mma, mix.ldsm, mix.other))
         registers = facts["O3"]["registers"]
         lines.append(f"| {tile} | {schedule} | {opcodes} | {numbers} | {facts['stages']} | {registers} |")
+    return "\n".join(lines) + "\n"
+
+
+def shipped_loops(variant: Mapping[str, Any], kernel: Kernel) -> list[ShippedLoop]:
+    """The main loops of a shipped GEMM kernel for SM12x with its manifest entry ``variant``: full tiles
+    first, then most k-tiles at a time.
+
+    Every MMA warp releases each k-tile's stage once, which tells how many k-tiles an iteration takes. Raises
+    BuildError where there is no loop for the whole tile, or one that does not fit it.
+    """
+    m, n, k = variant["tile"]
+    groups = 2 if variant["schedule"] == "pingpong" else 1
+    full = Fraction((m // _MMA_M) * (n // _MMA_N) * (k // _MMA_K) * groups, variant["mma_warps"])
+    found: list[tuple[Fraction, Mix]] = []
+    for loop in innermost_mma_loops(kernel):
+        mma = sum(instruction.is_mma for instruction in loop)
+        k_tiles = sum(instruction.opcode.startswith("SYNCS.ARRIVE") for instruction in loop)
+        if not k_tiles or mma % (k_tiles * (k // _MMA_K)) or mma > k_tiles * full:
+            raise BuildError(f"{kernel.name}: {mma} MMAs and {k_tiles} k-tiles a loop, {full} MMAs a k-tile")
+        found.append((Fraction(mma, k_tiles) / full, _mix(loop, k_tiles)))
+    most: dict[Fraction, int] = {}
+    for part, mix in found:
+        most[part] = max(most.get(part, 0), mix.k_tiles_per_iteration)
+    if Fraction(1) not in most:
+        raise BuildError(f"{kernel.name}: no main loop for a full tile")
+    loops = [ShippedLoop(part, mix.k_tiles_per_iteration < most[part], mix) for part, mix in found]
+    return sorted(loops, key=lambda each: (-each.part, -each.mix.k_tiles_per_iteration))
+
+
+def read_shipped(
+    manifest: Mapping[str, Any],
+    code_of: Callable[[str], Kernel],
+    *,
+    target: str = "sm_120a",
+    major: str = "cu13",
+) -> list[ShippedRow]:
+    """The main loops of the shipped packed kernels, swapped ones first, large k-tiles first, small tiles
+    first. ``code_of``: the code of a cubin by its path in cubins/. Raises BuildError where there is no such
+    kernel.
+    """
+    packed = [
+        variant
+        for variant in manifest["variants"].values()
+        if variant["family"] == PACKED and variant["role"] == "gemm"
+    ]
+    rows = []
+    for variant in sorted(packed, key=_table_order):
+        cubin = variant["targets"][target]["cubins"][major]
+        loops = shipped_loops(variant, code_of(cubin["path"]))
+        rows += [(variant, int(cubin["registers"]), loop) for loop in loops]
+    if not rows:
+        raise BuildError(f"the manifest lists no GEMM kernel of the family {PACKED}")
+    return rows
+
+
+def _table_order(variant: Mapping[str, Any]) -> tuple[bool, int, int, int]:
+    m, n, k = variant["tile"]
+    return not variant["swap_ab"], -k, m * n, n
+
+
+def shipped_table(rows: Sequence[ShippedRow], tools: Mapping[str, str]) -> str:
+    """The table of shipped kernels in Markdown: a main loop a row."""
+    lines = [
+        "The same of the shipped kernels of the family `fp8_packed` (`cubins/cu13`, ptxas "
+        f"{tools['ptxas_cu13']} -O2). Issue slots: of all instructions of the loop, per MMA. Of a tile "
+        "that is not full, some compute a part. Written by `python cuda/tools/main_loop.py --shipped`.",
+        "",
+        "| tile | schedule | part | k-tiles at a time | MMAs | `LDSM` | other | issue slots per MMA "
+        "| stages | registers |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for variant, registers, loop in rows:
+        tile = "x".join(str(number) for number in variant["tile"]) + (
+            " swapped" if variant["swap_ab"] else ""
+        )
+        mix = loop.mix
+        numbers = " | ".join(f"{number:.4g}" for number in (mix.mma, mix.ldsm, mix.other, mix.slots_per_mma))
+        lines.append(
+            f"| {tile} | {variant['schedule'].capitalize()} | {loop.part} | {mix.k_tiles_per_iteration} "
+            f"| {numbers} | {variant['stages']} | {registers} |"
+        )
     return "\n".join(lines) + "\n"

@@ -100,7 +100,8 @@ def _assemble_all(compiled: CompiledPtx, target: str, toolchain: Toolchain) -> B
 
 def describe(variant: Variant, targets: dict[str, BuiltTarget], toolchain: Toolchain) -> dict[str, Any]:
     """The manifest entry of one variant. Raises BuildError where its targets state different launch facts."""
-    facts = [ptx.variant_facts(built.compiled.text, variant.role) for built in targets.values()]
+    family = str(variant.facts["family"])
+    facts = [ptx.variant_facts(built.compiled.text, family, variant.role) for built in targets.values()]
     if any(other != facts[0] for other in facts[1:]):
         raise BuildError(f"{variant.key}: its targets differ in {ptx.INFO_SYMBOL}: {facts}")
     entry: dict[str, Any] = {**variant.facts, **facts[0], "targets": {}}

@@ -9,8 +9,10 @@ from . import BuildError
 
 INFO_SYMBOL = "sm12x_variant_info"
 _GRID_AXES = ("x", "y")
-_INFO_HEAD = 5  # threads, shared_memory, stages, grid_axis, workspace_per_cta
-_MAP_NAMES = ("a", "b", "d")
+_INFO_HEAD = ("threads", "shared_memory", "stages", "grid_axis", "workspace_per_cta")
+# What the GEMM kernels of a family state beyond the head: more numbers, then tensor maps.
+_GEMM_NUMBERS = {"fp8_ptr_array": (), "fp8_packed": ("mma_warps",)}
+_GEMM_MAPS = {"fp8_ptr_array": ("a", "b", "d"), "fp8_packed": ("a", "b")}
 _MAP_NUMBERS = 5  # rank, box0, box1, swizzle, element_bytes
 _INTERNAL = re.compile(r"_INTERNAL_([0-9a-f]{8})_(\d+)_")
 _ENTRY = re.compile(r"^[ \t]*(?:\.(?:visible|weak)[ \t]+)?\.entry[ \t]+([A-Za-z_$][\w$]*)", re.MULTILINE)
@@ -80,6 +82,11 @@ def waits_on_grid(text: str) -> bool:
     return re.search(r"\bgriddepcontrol\.wait\b", text) is not None
 
 
+def launches_dependents(text: str) -> bool:
+    """Whether the PTX holds the trigger of programmatic dependent launch."""
+    return re.search(r"\bgriddepcontrol\.launch_dependents\b", text) is not None
+
+
 def static_shared_bytes(text: str) -> int:
     """Bytes of shared memory that the PTX declares by itself; dynamic shared memory is ``.extern`` and counts
     0.
@@ -104,35 +111,38 @@ def info_words(text: str) -> list[int]:
     return [int.from_bytes(bytes(values[at : at + 4]), "little") for at in range(0, len(values), 4)]
 
 
-def variant_facts(text: str, role: str) -> dict[str, Any]:
+def variant_facts(text: str, family: str, role: str) -> dict[str, Any]:
     """What the compiled kernel says about its launch: the manifest's threads, shared_memory, stages,
-    grid_axis, workspace_per_cta and, for GEMM kernels, tensor_maps (boxes innermost first)."""
+    grid_axis, workspace_per_cta and, for GEMM kernels, what their family adds and tensor_maps (boxes
+    innermost first).
+
+    Raises BuildError where the numbers are not as many as the family has, or make no sense.
+    """
     words = info_words(text)
-    expected = _INFO_HEAD + (_MAP_NUMBERS * len(_MAP_NAMES) if role == "gemm" else 0)
+    numbers: tuple[str, ...] = _INFO_HEAD
+    map_names: tuple[str, ...] = ()
+    if role == "gemm":
+        if family not in _GEMM_MAPS:
+            raise BuildError(f"what do GEMM kernels of the family {family} state in {INFO_SYMBOL}?")
+        numbers += _GEMM_NUMBERS[family]
+        map_names = _GEMM_MAPS[family]
+    expected = len(numbers) + _MAP_NUMBERS * len(map_names)
     if len(words) != expected:
         raise BuildError(f"{INFO_SYMBOL} of a {role} kernel has {expected} numbers, got {len(words)}")
-    threads, shared_memory, stages, axis, workspace = words[:_INFO_HEAD]
-    if not 0 < threads <= 1024 or axis >= len(_GRID_AXES) or workspace % 128:
+    facts: dict[str, Any] = dict(zip(numbers, words, strict=False))
+    axis = facts["grid_axis"]
+    if not 0 < facts["threads"] <= 1024 or axis >= len(_GRID_AXES) or facts["workspace_per_cta"] % 128:
         raise BuildError(f"{INFO_SYMBOL} makes no sense: {words}")
-    facts: dict[str, Any] = {
-        "threads": threads,
-        "shared_memory": shared_memory,
-        "stages": stages,
-        "grid_axis": _GRID_AXES[axis],
-        "workspace_per_cta": workspace,
-    }
-    if role == "gemm":
-        maps = {}
-        for index, name in enumerate(_MAP_NAMES):
-            start = _INFO_HEAD + _MAP_NUMBERS * index
-            rank, box0, box1, swizzle, element_bytes = words[start : start + _MAP_NUMBERS]
-            if not 1 <= rank <= 5 or swizzle not in (0, 32, 64, 128) or not 0 < max(box0, box1) <= 256:
-                raise BuildError(f"{INFO_SYMBOL}: the tensor map of {name} makes no sense: {words}")
-            maps[name] = {
-                "rank": rank,
-                "box": [box0, box1],
-                "swizzle": swizzle,
-                "element_bytes": element_bytes,
-            }
+    facts["grid_axis"] = _GRID_AXES[axis]
+    if not 0 < facts.get("mma_warps", 1) <= facts["threads"] // 32:
+        raise BuildError(f"{INFO_SYMBOL} makes no sense: {facts['mma_warps']} MMA warps in {words}")
+    maps = {}
+    for index, name in enumerate(map_names):
+        start = len(numbers) + _MAP_NUMBERS * index
+        rank, box0, box1, swizzle, element_bytes = words[start : start + _MAP_NUMBERS]
+        if not 1 <= rank <= 5 or swizzle not in (0, 32, 64, 128) or not 0 < max(box0, box1) <= 256:
+            raise BuildError(f"{INFO_SYMBOL}: the tensor map of {name} makes no sense: {words}")
+        maps[name] = {"rank": rank, "box": [box0, box1], "swizzle": swizzle, "element_bytes": element_bytes}
+    if maps:
         facts["tensor_maps"] = maps
     return facts

@@ -289,3 +289,8 @@ def _right_mma(opcode: str, mma: str, target: str) -> bool:
 def waits_on_grid(kernel: Kernel) -> bool:
     """Whether the code holds the wait of programmatic dependent launch."""
     return any(instruction.name == "ACQBULK" for instruction in kernel.instructions)
+
+
+def launches_dependents(kernel: Kernel) -> bool:
+    """Whether the code holds the trigger of programmatic dependent launch."""
+    return any(instruction.name == "PREEXIT" for instruction in kernel.instructions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ except ModuleNotFoundError:  # Python 3.10
 TABLE_FILE = ROOT / "cuda" / "kernels" / "variants.toml"
 _KEY = re.compile(r"[a-z][a-z0-9_]*")
 _COMMON = {"key": str, "source": str, "family": str, "role": str, "params": str}
-_GEMM = {"tile": list, "schedule": str, "swap_ab": bool, "a": str, "b": str, "out": str, "mma": str}
+_GEMM = {"tile": list, "schedule": str, "swap_ab": bool, "a": str, "b": str, "mma": str}
 _PROBE = {"mma": str}
-_OPTIONAL = {"symbol": str, "defines": dict, "pdl": bool, "targets": list, "token_step": int}
+# In the manifest where the row has them.
+_OPTIONAL_FACTS = {"out": str, "outs": list, "token_step": int}
+# For the build alone.
+_OPTIONAL = {"symbol": str, "defines": dict, "pdl": bool, "targets": list, "warps": list, "mma_groups": int}
 
 
 @dataclass(frozen=True)
@@ -48,30 +52,51 @@ def load_variants(path: Path = TABLE_FILE) -> dict[str, Variant]:
     if not path.is_file():
         raise BuildError(f"there is no variant table at {path}")
     with path.open("rb") as stream:
-        rows = tomllib.load(stream).get("variant", [])
-    if not rows:
-        raise BuildError(f"{path} lists no [[variant]]")
+        table = tomllib.load(stream)
+    unknown = sorted(set(table) - {"variant", "family"})
+    if unknown:
+        raise BuildError(f"{path.name}: unknown tables {unknown}")
     variants: dict[str, Variant] = {}
-    for number, row in enumerate(rows, start=1):
-        variant = _parse(row, f"{path.name}, variant {number} ({row.get('key', 'no key')})")
+    for where, row in _rows(table, path.name):
+        variant = _parse(row, f"{where} ({row.get('key', 'no key')})")
         if variant.key in variants:
             raise BuildError(f"{path.name}: the key {variant.key} stands twice")
         variants[variant.key] = variant
+    if not variants:
+        raise BuildError(f"{path} lists no [[variant]] and no [[family]]")
     symbols = [variant.symbol for variant in variants.values()]
     if len(set(symbols)) != len(symbols):
         raise BuildError(f"{path.name}: two variants share a symbol")
     return variants
 
 
+def _rows(table: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row stands, and the row: those of [[family]] have the family's columns too."""
+    for number, row in enumerate(table.get("variant", []), start=1):
+        yield f"{name}, variant {number}", row
+    for number, family in enumerate(table.get("family", []), start=1):
+        shared = {column: value for column, value in family.items() if column != "variants"}
+        rows = family.get("variants", [])
+        if not rows:
+            raise BuildError(f"{name}, family {number}: it lists no variants")
+        for at, row in enumerate(rows, start=1):
+            where = f"{name}, family {number}, variant {at}"
+            twice = sorted(set(shared) & set(row))
+            if twice:
+                raise BuildError(f"{where}: {twice} are columns of the family")
+            yield where, {**shared, **row}
+
+
 def _parse(row: dict[str, Any], where: str) -> Variant:
     needed = {**_COMMON, **{"gemm": _GEMM, "probe": _PROBE}.get(str(row.get("role")), {})}
-    for column, kind in {**needed, **_OPTIONAL}.items():
+    known = {**needed, **_OPTIONAL_FACTS, **_OPTIONAL}
+    for column, kind in known.items():
         if column not in row:
             if column in needed:
                 raise BuildError(f"{where}: the column {column} is missing")
         elif not isinstance(row[column], kind):
             raise BuildError(f"{where}: {column} should be a {kind.__name__}, got {row[column]!r}")
-    unknown = sorted(set(row) - set(needed) - set(_OPTIONAL))
+    unknown = sorted(set(row) - set(known))
     if unknown:
         raise BuildError(f"{where}: unknown columns {unknown}")
     if not _KEY.fullmatch(row["key"]):
@@ -79,12 +104,27 @@ def _parse(row: dict[str, Any], where: str) -> Variant:
     targets = tuple(row.get("targets", TARGETS))
     if not targets or not set(targets) <= set(TARGETS):
         raise BuildError(f"{where}: targets should be some of {list(TARGETS)}, got {list(targets)}")
-    if row["role"] == "gemm" and (len(row["tile"]) != 3 or not all(isinstance(n, int) for n in row["tile"])):
-        raise BuildError(f"{where}: tile should be three integers (M, N, K), got {row['tile']!r}")
+    if row["role"] == "gemm":
+        if len(row["tile"]) != 3 or not all(isinstance(n, int) for n in row["tile"]):
+            raise BuildError(f"{where}: tile should be three integers (M, N, K), got {row['tile']!r}")
+        if ("out" in row) == ("outs" in row) or not row.get("outs", ["one"]):
+            raise BuildError(f"{where}: a GEMM has one of out and outs, which is a list of at least one type")
     symbol = row.get("symbol", "sm12x_" + row["key"])
-    facts = {name: row[name] for name in needed if name not in ("key", "source")}
+    facts = {name: row[name] for name in (*needed, *_OPTIONAL_FACTS) if name in row}
+    facts = {name: value for name, value in facts.items() if name not in ("key", "source")}
     facts.update(pdl=row.get("pdl", False), symbol=symbol)
-    if "token_step" in row:
-        facts["token_step"] = row["token_step"]
-    defines = {name: str(value) for name, value in row.get("defines", {}).items()}
+    defines = {
+        name: _filled_in(value, {"pdl": False, **row}, f"{where}: {name}")
+        for name, value in row.get("defines", {}).items()
+    }
     return Variant(row["key"], row["source"], symbol, row["role"], facts, defines, targets)
+
+
+def _filled_in(value: object, row: dict[str, Any], where: str) -> str:
+    """A define with its "{column}" replaced, so that no number stands twice in a row."""
+    try:
+        return str(value).format_map(row)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise BuildError(
+            f"{where}: {value!r} cannot be filled in ({type(error).__name__}: {error})"
+        ) from error

@@ -75,7 +75,7 @@ def choose(workload: Workload, device: driver.Device) -> str:
         n=shape["N"],
         k=shape["K"],
     )
-    return launch.choose(problem, None, device).key
+    return launch.choose(problem, None, device).variant.key
 
 
 def rotations(workload: Workload) -> list[NDArray[np.int32]]:

@@ -25,7 +25,6 @@ from sm12x.arrays import numpy_dtype
 from sm12x.cli import emulate_report, workload
 from sm12x.cli.progress import counting
 from sm12x.emulator import devices
-from sm12x.ops.launch import FAMILY
 from sm12x.ops.validate import MAX_GROUPS
 
 _OPTIONS = "device", "sms", "seed", "resident", "truncate_bits", "counters"
@@ -75,15 +74,18 @@ def _rows(text: str) -> list[int]:
 
 
 def _variant(text: str) -> str:
-    keys = [variant.key for variant in manifest.default().gemms(FAMILY)]
-    if text not in keys:
+    keys = [variant.key for variant in manifest.default().gemms()]
+    if text.partition(":")[0] not in keys:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(keys)}, got {text!r}")
     return text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--variant", type=_variant, help="the kernel, one of `python -m sm12x kernels` (default: the best)"
+        "--variant",
+        type=_variant,
+        help="the kernel, one of `python -m sm12x kernels`, with :split or :whole behind it for how K is "
+        "shared out (default: the best)",
     )
     parser.add_argument(
         "--m",
@@ -126,7 +128,11 @@ def run(args: argparse.Namespace) -> int:
     except (MemoryError, OverflowError, ValueError) as error:  # NumPy's ValueError: larger than any array
         print(f"sm12x emulate: m, n, k: expected operands that fit into memory: {error}", file=sys.stderr)
         return 2
-    out_dtype = "bfloat16" if args.variant is None else manifest.default().variants[args.variant].out
+    out_dtype = (
+        "bfloat16"
+        if args.variant is None
+        else manifest.default().variants[args.variant.partition(":")[0]].out
+    )
     report: dict[str, Any] = {
         "ok": False,
         "max_rel_err": None,

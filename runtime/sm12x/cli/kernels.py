@@ -31,8 +31,10 @@ def describe(held: manifest.Manifest) -> Iterable[dict[str, Any]]:
     """One record for each cubin: a kernel for one architecture and CUDA major.
 
     `tile` is (M, N, K) of the kernel's own sides, `token_tile` and `feature_tile` the same by meaning (all
-    null for preparation kernels); `registers` per thread; `spill_bytes` and `stack_bytes` per thread;
-    `shared_memory` in bytes, dynamic, per CTA; `installed` is false where another wheel has the file.
+    null for preparation kernels); `outs`: types of D that the kernel can write; `pdl`: it may begin before
+    what is ahead of it in the stream has ended, and waits for that itself; `mma_warps`: of those kernels that
+    state them, else null; `registers` per thread; `spill_bytes` and `stack_bytes` per thread; `shared_memory`
+    in bytes, dynamic, per CTA; `installed` is false where another wheel has the file.
     """
     for variant in held.variants.values():
         gemm = variant.role == "gemm"
@@ -56,7 +58,9 @@ def describe(held: manifest.Manifest) -> Iterable[dict[str, Any]]:
                     "schedule": variant.schedule or None,
                     "a": variant.a or None,
                     "b": variant.b or None,
-                    "out": variant.out or None,
+                    "outs": list(variant.outs) if gemm else None,
+                    "pdl": variant.pdl,
+                    "mma_warps": variant.mma_warps or None,
                     "flags": _flags(variant, arch),
                     "compile_flags": _compile_flags(target.ptx),
                     "size": cubin.size,
@@ -87,9 +91,11 @@ _COLUMNS = (
     ("threads", "threads"),
     ("stages", "stages"),
     ("tile", "tile"),
+    ("out", "outs"),
     ("flags", "flags"),
     ("", "installed"),
 )
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def _cell(name: str, value: Any) -> str:
@@ -97,6 +103,8 @@ def _cell(name: str, value: Any) -> str:
         return "x".join(map(str, value))
     if name == "flags":
         return " ".join(value)
+    if name == "outs":
+        return ",".join(_SHORT.get(each, each) for each in value or ())
     if name == "installed":
         return "" if value else "not installed"
     return "" if value is None else str(value)

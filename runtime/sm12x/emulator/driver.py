@@ -276,6 +276,17 @@ class Emulator:
     def cuStreamCreate(self, flags: int) -> tuple[int, int]:
         return OK, self._new(_Stream(flags))
 
+    def cuStreamDestroy(self, stream: Any) -> tuple[int]:
+        if self._find(stream, _Stream) is None:
+            return (INVALID_HANDLE,)
+        with self.lock:
+            self.queue.finish()
+            del self._objects[_integer(stream)]
+        return (OK,)
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> tuple[int, Any]:
+        return OK, mode  # nothing is ever captured
+
     def cuStreamSynchronize(self, stream: Any) -> tuple[int]:
         if not self._is_stream(stream):
             return (INVALID_HANDLE,)
@@ -421,6 +432,21 @@ class Emulator:
         ctypes.memmove(to, encoded, len(encoded))
         return OK
 
+    def replace_address(self, target: ctypes.c_void_p, address: ctypes.c_void_p) -> int:
+        """cuTensorMapReplaceAddress."""
+        to = _integer(target)
+        if not to or to % tensor_map.ALIGNMENT:
+            return INVALID_VALUE
+        try:
+            changed = tensor_map.replace(
+                ctypes.string_at(to, tensor_map.SIZE), "global_address", None, _integer(address)
+            )
+            tensor_map.decode(changed)
+        except ValueError:
+            return INVALID_VALUE
+        ctypes.memmove(to, changed, len(changed))
+        return OK
+
 
 _emulator = Emulator()
 
@@ -429,7 +455,9 @@ def get_driver() -> runtime.Driver:
     """The emulated driver as `sm12x.driver` takes it."""
     made = _emulator
     functions = {name: getattr(made, name) for name in dir(made) if name.startswith("cu")}
-    enumerations = {name: _Names() for name in ("CUdevice_attribute", "CUfunction_attribute")}
+    enumerations = {
+        name: _Names() for name in ("CUdevice_attribute", "CUfunction_attribute", "CUstreamCaptureMode")
+    }
     bindings = SimpleNamespace(**functions, **enumerations, CUcontext=int, CUstream=int, CUresult=_status)
     hot = SimpleNamespace(
         cuLaunchKernel=made.launch_kernel,
@@ -437,6 +465,7 @@ def get_driver() -> runtime.Driver:
         cuCtxGetCurrent=made.get_current,
         cuCtxSetCurrent=lambda context: made.cuCtxSetCurrent(context)[0],
         cuTensorMapEncodeTiled=made.encode_tiled,
+        cuTensorMapReplaceAddress=made.replace_address,
     )
     # The PTX is the same whatever CUDA the cubins are for: those that are here will do.
     return runtime.Driver(bindings, VERSION, hot, manifest.wheel_major() or manifest.MAJORS[-1])

@@ -17,30 +17,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..launch_config import (
+    CLUSTER_DIMENSION,
+    COOPERATIVE,
+    IGNORE,
+    PRIORITY,
+    PROGRAMMATIC_STREAM_SERIALIZATION,
+    LaunchConfig,
+)
 from . import session
 from .chain import Link, launch_chain
 from .compiler import Program
 from .memory import GlobalMemory
-
-# CUlaunchAttributeID
-IGNORE, COOPERATIVE, CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION, PRIORITY = 0, 2, 4, 6, 8
-
-
-class LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute; `value` is a union of 64 bytes."""
-
-    _fields_ = (("id", ctypes.c_uint), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint * 16))
-
-
-class LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(LaunchAttribute)),
-        ("count", ctypes.c_uint),
-    )
 
 
 def read_config(config: Any) -> LaunchConfig:

@@ -46,20 +46,30 @@ def is_sequence(value: Any) -> bool:
     )
 
 
-def numpy_backend(
-    a: Any,
-    b: Any,
-    a_scale: Any,
-    b_scale: Any,
-    offsets: Any,
-    out: Any,
-    out_dtype: Any,
-    bias: Any,
-    workspace: Any,
-    stream: Any,
-    dtype: Any,
-    variant: Any,
-) -> Any:
+def refuse_layouts(a: Any, offsets: Any, row_index: Any, rows: Any, expected_m: Any, row_weight: Any) -> None:
+    """Raises ValueError or TypeError for arguments that belong to another layout of the call."""
+    if rows is not None:
+        for argument, value in (("offsets", offsets), ("row_index", row_index)):
+            if value is not None:
+                raise ValueError(
+                    f"{argument}: expected None where rows is given (a masked call), got "
+                    f"{type(value).__name__}"
+                )
+    elif expected_m is not None:
+        raise ValueError(f"expected_m: expected None where rows is not given, got {expected_m!r}")
+    if offsets is None and rows is None:
+        for argument, value in (("row_index", row_index), ("row_weight", row_weight)):
+            if value is not None:
+                raise ValueError(
+                    f"{argument}: expected None where neither offsets nor rows is given (a list call), got "
+                    f"{type(value).__name__}"
+                )
+    if isinstance(a, (list, tuple)) and (offsets is not None or rows is not None):
+        shape, given = ("(M, K)", "offsets") if rows is None else ("(E, max_m, K)", "rows")
+        raise TypeError(f"a: expected one {shape} array where {given} is given, got {type(a).__name__}")
+
+
+def numpy_backend(a: Any, b: Any, *, workspace: Any, stream: Any, variant: Any, **arguments: Any) -> Any:
     """The same call on NumPy arrays. Raises ValueError for arguments that mean nothing there."""
     for argument, value in (("workspace", workspace), ("stream", stream), ("variant", variant)):
         if value is not None:
@@ -68,14 +78,4 @@ def numpy_backend(
             )
     from ..reference import grouped_gemm_numpy  # not above: GPU callers need no NumPy code
 
-    return grouped_gemm_numpy(
-        a,
-        b,
-        a_scale=a_scale,
-        b_scale=b_scale,
-        offsets=offsets,
-        out=out,
-        out_dtype=out_dtype,
-        bias=bias,
-        dtype=dtype,
-    )
+    return grouped_gemm_numpy(a, b, **arguments)

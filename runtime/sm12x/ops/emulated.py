@@ -44,18 +44,17 @@ def emulated_call(
     call: Callable[..., Any],
     a: Any,
     b: Any,
-    a_scale: Any,
-    b_scale: Any,
-    offsets: Any,
+    *,
     out: Any,
     out_dtype: Any,
-    bias: Any,
     workspace: Any,
     stream: Any,
     dtype: Any,
     variant: Any,
+    expected_m: Any,
+    **inputs: Any,
 ) -> Any:
-    """`call`, which is `grouped_gemm`, on host arrays in emulated memory.
+    """`call`, which is `grouped_gemm`, on host arrays in emulated memory; `inputs` are its other arrays.
 
     Raises as `sm12x.grouped_gemm` does, and EmulatorError where a kernel does what it must not.
     """
@@ -63,7 +62,10 @@ def emulated_call(
 
     if stream is not None:
         raise ValueError(f"stream: expected None with the emulator, which has no streams, got {stream!r}")
-    results, finish = _outputs(a, b, out_dtype) if out is None else (out, list if is_sequence(out) else _same)
+    finish: Callable[[Any], Any] = list if is_sequence(out) else _same
+    results = out
+    if out is None:
+        results, finish = _outputs(a, b, inputs["row_index"], out_dtype)
 
     def take(value: Any, name: str, role: int = mirrors.INPUT) -> Any:
         """What stands for `value`; what is no array stays as it is, and `call` says what it thinks of it."""
@@ -79,18 +81,19 @@ def emulated_call(
         return mirror.add(array, name, role)
 
     with mirrors.Mirror(device()) as mirror:
-        arguments = {
-            "a_scale": take(a_scale, "a_scale"),
-            "b_scale": take(b_scale, "b_scale"),
-            "offsets": take(offsets, "offsets"),
-            "out": take(results, "out", mirrors.OUTPUT),
-            "bias": take(bias, "bias"),
-            "workspace": take(workspace, "workspace", mirrors.SCRATCH),
-        }
+        arguments = {name: take(value, name) for name, value in inputs.items()}
+        arguments["out"] = take(results, "out", mirrors.OUTPUT)
+        arguments["workspace"] = take(workspace, "workspace", mirrors.SCRATCH)
         operands = take(a, "a"), take(b, "b")
         mirror.upload()
         returned = call(
-            *operands, **arguments, out_dtype=out_dtype, dtype=dtype, variant=variant, backend="auto"
+            *operands,
+            **arguments,
+            expected_m=expected_m,
+            out_dtype=out_dtype,
+            dtype=dtype,
+            variant=variant,
+            backend="auto",
         )
         mirror.collect()
     # Without outputs of ours there was nothing to compute, as in a list call without groups.
@@ -116,23 +119,29 @@ def _ingest(value: Any, name: str) -> Array | None:
     return array
 
 
-def _outputs(a: Any, b: Any, out_dtype: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """New outputs, zero, like `a`'s arrays, and what makes of them what the caller gets. None where `a` and
-    `b` cannot have any: the call will say why."""
+def _outputs(a: Any, b: Any, row_index: Any, out_dtype: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """New outputs, zero, like `a`'s arrays, and what makes of them what the caller gets. None where `a`, `b`
+    and `row_index` cannot have any: the call will say why."""
     kind = validate.out_dtype_name(out_dtype)
     if is_sequence(a) or is_sequence(b):
         if not (is_sequence(a) and is_sequence(b)) or len(a) != len(b) or not len(a):
             return None, _same
-        pairs = [_outputs(x, y, out_dtype) for x, y in zip(a, b, strict=True)]
+        pairs = [_outputs(x, y, None, out_dtype) for x, y in zip(a, b, strict=True)]
         if any(made is None for made, _ in pairs):
             return None, _same
         return [made for made, _ in pairs], lambda outs: [
             finish(each) for each, (_, finish) in zip(outs, pairs, strict=True)
         ]
     x, w = _ingest(a, "a"), _ingest(b, "b")
-    if x is None or w is None or len(x.shape) != 2 or len(w.shape) not in (2, 3):
+    if x is None or w is None or len(x.shape) not in (2, 3) or len(w.shape) not in (2, 3):
         return None, _same
-    shape = x.shape[0], w.shape[-2]
+    rows = x.shape[:-1]
+    if row_index is not None:
+        index = _ingest(row_index, "row_index")
+        if index is None or len(index.shape) != 1:
+            return None, _same
+        rows = index.shape
+    shape = (*rows, w.shape[-2])
     if x.framework != "jax":
         made = allocate_like(x.framework, shape, kind, HOST, 0)
         made[...] = 0

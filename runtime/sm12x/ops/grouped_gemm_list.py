@@ -12,9 +12,9 @@ from typing import Any
 
 from .. import abi, driver, manifest
 from ..arrays import Array
-from ..select import Problem
+from ..select import Choice, Problem
 from ..tensors import allocate_like, current_stream, deliver, framework_of, ingest
-from . import launch, validate
+from . import fp8_ptr_array, launch, validate
 from .arguments import device_of, is_sequence, numpy_backend, scale
 from .memory import check_alignment, check_present, check_workspace, overlaps, workspace_base
 from .validate import Matrix, Scale
@@ -47,7 +47,6 @@ def list_call(
     b: Any,
     a_scale: Any,
     b_scale: Any,
-    offsets: Any,
     out: Any,
     out_dtype: Any,
     bias: Any,
@@ -56,9 +55,7 @@ def list_call(
     dtype: Any,
     variant: Any,
 ) -> list[Any]:
-    """`grouped_gemm` without `offsets`, or with sequences. Raises as `sm12x.grouped_gemm` says."""
-    if offsets is not None:
-        raise TypeError(f"a: expected one (M, K) array where offsets is given, got {type(a).__name__}")
+    """`grouped_gemm` with neither `offsets` nor `rows`. Raises as `sm12x.grouped_gemm` says."""
     for value, argument in ((a, "a"), (b, "b")):
         if not is_sequence(value):
             raise TypeError(
@@ -72,7 +69,17 @@ def list_call(
         workspace = stream = variant = None
     if count == 0 or framework_of(a[0], "a[0]") == "numpy":
         result: list[Any] = numpy_backend(
-            a, b, a_scale, b_scale, None, out, out_dtype, bias, workspace, stream, dtype, variant
+            a,
+            b,
+            a_scale=a_scale,
+            b_scale=b_scale,
+            out=out,
+            out_dtype=out_dtype,
+            bias=bias,
+            workspace=workspace,
+            stream=stream,
+            dtype=dtype,
+            variant=variant,
         )
         return result
     for value, argument in ((out, "out"), (bias, "bias")):
@@ -265,7 +272,7 @@ def _address(value: Scale | None) -> int:
 
 def _run(
     problem: Problem,
-    variant: manifest.Variant,
+    choice: Choice,
     device: driver.Device,
     targets: Sequence[tuple[Group, Array, Matrix]],
     scratch: Array | None,
@@ -273,8 +280,9 @@ def _run(
     stream: int,
 ) -> None:
     count = len(targets)
-    ctas = launch.grid_size(problem, variant, device)
-    maps = launch.maps_bytes(variant, ctas)
+    variant = choice.variant
+    ctas = launch.grid_size(problem, choice, device)
+    maps = launch.scratch_bytes(variant, ctas)
     needed = maps + abi.group_arrays_bytes(count)
     base = 0
     if scratch is not None:
@@ -284,11 +292,11 @@ def _run(
             operands = ((f"a[{i}]", group.a_array.ptr, group.a), (f"b[{i}]", group.b_array.ptr, group.b))
             check_workspace(base, needed, (*operands, (f"out[{i}]", out.ptr, d)))
     prepare = manifest.default().only(variant.family, "prepare_list")
-    prepare_launch = launch.kernel_launch(device, prepare, 1)
-    gemm_launch = launch.kernel_launch(device, variant, ctas)
+    prepare_launch = fp8_ptr_array.kernel_launch(device, prepare, 1)
+    gemm_launch = fp8_ptr_array.kernel_launch(device, variant, ctas)
     dtypes = [group.bias.dtype for group, _, _ in targets if group.bias is not None]
     bias_type = abi.BIAS_TYPES[dtypes[0]] if dtypes else 0
-    params = launch.gemm_params(device, variant, count, ctas, bias_type, targets[0][0].b_array.ptr)
+    params = fp8_ptr_array.gemm_params(device, variant, count, ctas, bias_type, targets[0][0].b_array.ptr)
     m, n, k = (max(each) for each in zip(*problem.shapes, strict=True))
     shapes = f"list of {count} groups, at most M={m} N={n} K={k}"
     handle = ctypes.c_void_p(stream)
@@ -301,7 +309,7 @@ def _run(
             if status:
                 raise launch.launch_error(device, status, prepare.key, shapes)
         block = launch.Block(params)
-        launch.PACK_WORKSPACE(block.memory, launch.WORKSPACE_AT, base + maps, base)
+        fp8_ptr_array.pack_workspace(block.memory, fp8_ptr_array.WORKSPACE_AT, base + maps, base)
         status = gemm_launch(handle, block.arguments, None)
         if status:
             raise launch.launch_error(device, status, variant.key, shapes)

@@ -203,38 +203,12 @@ def matrix(array: Array, argument: str, element_bytes: int, axes: tuple[int, int
     return Matrix(rows, length, row_stride, element_bytes)
 
 
-def group_stride(b: Array, inner: Matrix) -> int:
-    """Elements between the experts of b (E, N, K)."""
-    if b.shape[0] <= 1:
-        return inner.rows * inner.stride
-    stride = b.strides[0]
-    if stride < 0 or stride % ALIGNMENT:
-        raise ValueError(
-            f"b: expected the stride between experts to be a multiple of {ALIGNMENT} and not negative, "
-            f"got strides {b.strides}"
-        )
-    return stride
-
-
-def offsets(array: Array, groups: int) -> bool:
-    """Whether `offsets` are int64; they must be (E + 1,) int32 or int64, contiguous."""
-    if array.dtype not in ("int32", "int64"):
-        raise TypeError(f"offsets: expected int32 or int64, got {array.dtype}")
-    if array.shape != (groups + 1,):
-        raise ValueError(
-            f"offsets: expected shape ({groups + 1},), one more than the experts of b, got {array.shape}"
-        )
-    if groups and array.strides != (1,):
-        raise ValueError(f"offsets: expected contiguous values, got stride {array.strides[0]}")
-    return array.dtype == "int64"
-
-
-def _float32(scale: Array, argument: str) -> None:
+def float32(scale: Array, argument: str) -> None:
     if scale.dtype != "float32":
         raise TypeError(f"{argument}: expected float32, got {scale.dtype}")
 
 
-def _dense(scale: Array, argument: str, axis: int) -> None:
+def dense(scale: Array, argument: str, axis: int) -> None:
     if scale.shape[axis] > 1 and scale.strides[axis] != 1 and 0 not in scale.shape:
         raise ValueError(
             f"{argument}: expected contiguous values, got strides {scale.strides} of shape {scale.shape}"
@@ -242,18 +216,18 @@ def _dense(scale: Array, argument: str, axis: int) -> None:
 
 
 def packed_a_scale(scale: Scale, rows: int, groups: int) -> int:
-    """The SM12X_SCALE_* mode of a packed call's a_scale. One axis of more than one element is per token also
-    where M = E; per expert takes (E, 1, 1)."""
+    """The SM12X_SCALE_* mode of a packed call's a_scale; `rows` are a's. One axis of more than one element is
+    per token also where M = E; per expert takes (E, 1, 1)."""
     if not isinstance(scale, Array):
         return SM12X_SCALE_VALUE
-    _float32(scale, "a_scale")
+    float32(scale, "a_scale")
     if math.prod(scale.shape) == 1:
         return SM12X_SCALE_ONE
     if scale.shape in ((rows,), (rows, 1)):
-        _dense(scale, "a_scale", 0)
+        dense(scale, "a_scale", 0)
         return SM12X_SCALE_VECTOR
     if scale.shape == (groups, 1, 1):
-        _dense(scale, "a_scale", 0)
+        dense(scale, "a_scale", 0)
         return SM12X_SCALE_GROUP
     raise ValueError(
         f"a_scale: expected one value, per token ({rows},) or ({rows}, 1), or per expert ({groups}, 1, 1), "
@@ -265,14 +239,14 @@ def packed_b_scale(scale: Scale, groups: int, n: int) -> tuple[int, int]:
     """The SM12X_SCALE_* mode of a packed call's b_scale; per channel, elements between experts."""
     if not isinstance(scale, Array):
         return SM12X_SCALE_VALUE, 0
-    _float32(scale, "b_scale")
+    float32(scale, "b_scale")
     if math.prod(scale.shape) == 1:
         return SM12X_SCALE_ONE, 0
     if scale.shape in ((groups,), (groups, 1)):
-        _dense(scale, "b_scale", 0)
+        dense(scale, "b_scale", 0)
         return SM12X_SCALE_GROUP, 0
     if scale.shape in ((groups, n), (groups, n, 1)):
-        _dense(scale, "b_scale", 1)
+        dense(scale, "b_scale", 1)
         return SM12X_SCALE_VECTOR, between(scale, "b_scale", n)
     raise ValueError(
         f"b_scale: expected one value, per expert ({groups},) or ({groups}, 1), or per channel "
@@ -294,7 +268,7 @@ def list_scale(scale: Scale, length: int, argument: str, per: str) -> int:
     """The SM12X_SCALE_* mode of one group's scale in a list call; `length` is its M or N."""
     if not isinstance(scale, Array):
         return SM12X_SCALE_VALUE
-    _float32(scale, argument)
+    float32(scale, argument)
     if math.prod(scale.shape) == 1:
         return SM12X_SCALE_ONE
     if scale.shape not in ((length,), (length, 1)):
@@ -302,7 +276,7 @@ def list_scale(scale: Scale, length: int, argument: str, per: str) -> int:
             f"{argument}: expected one value, or per {per} ({length},) or ({length}, 1), got shape "
             f"{scale.shape}"
         )
-    _dense(scale, argument, 0)
+    dense(scale, argument, 0)
     return SM12X_SCALE_VECTOR
 
 
@@ -312,7 +286,7 @@ def bias(array: Array, shape: tuple[int, ...], argument: str) -> None:
         raise TypeError(f"{argument}: expected float32, bfloat16 or float16, got {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"{argument}: expected shape {shape}, got {array.shape}")
-    _dense(array, argument, len(shape) - 1)
+    dense(array, argument, len(shape) - 1)
 
 
 def writable(array: Array, argument: str) -> None:
@@ -324,13 +298,13 @@ def writable(array: Array, argument: str) -> None:
 
 
 def output(array: Array, shape: tuple[int, ...], out_dtype: str, argument: str) -> Matrix:
-    """Checks `out` against what the call produces."""
+    """Checks `out` against what the call produces; its last two axes as rows."""
     if array.dtype != out_dtype:
         raise TypeError(f"{argument}: expected {out_dtype}, as out_dtype says, got {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"{argument}: expected shape {shape}, got {array.shape}")
     writable(array, argument)
-    return matrix(array, argument, itemsize(out_dtype))
+    return matrix(array, argument, itemsize(out_dtype), (len(shape) - 2, len(shape) - 1))
 
 
 def workspace_bytes(array: Array) -> int:

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sm12x.arrays import compact_strides
-from sm12x.ops import validate
+from sm12x.ops import row_layout, validate
+from sm12x.ops.arguments import refuse_layouts
 from sm12x.ops.memory import overlaps
-from sm12x.reference.problem import Group, dequantise, describe, list_groups, packed_groups
+from sm12x.reference.problem import Group, dequantise, describe, list_groups, stacked_groups
 from sm12x.reference.rounding import Format, format_of
 
 
@@ -22,6 +23,10 @@ def grouped_gemm_numpy(
     a_scale: Any = None,
     b_scale: Any = None,
     offsets: Any = None,
+    row_index: Any = None,
+    rows: Any = None,
+    expected_m: Any = None,
+    row_weight: Any = None,
     out: Any = None,
     out_dtype: object = "bfloat16",
     bias: Any = None,
@@ -29,27 +34,30 @@ def grouped_gemm_numpy(
 ) -> Any:
     """``sm12x.grouped_gemm`` for NumPy arrays; arguments, result and errors are the same.
 
-    Products and sums in float32 by BLAS, one matrix product for each expert that has rows, then scales, bias
-    and one rounding to `out_dtype` (bfloat16, float16 or float32; FP8 operands e4m3fn or e5m2, in any mix).
-    Returns `out`, or a new array: (M, N) for a packed call, a list of such arrays for a list call. Rows of
-    `out` outside ``offsets[0]:offsets[-1]`` are left as they are (zero in a new array). Unlike on a GPU,
-    `offsets` that decrease or run past M always raise ValueError.
+    Products and sums in float32 by BLAS, one matrix product for each expert that has rows, then scales, bias,
+    row_weight and one rounding to `out_dtype` (bfloat16, float16 or float32; FP8 operands e4m3fn or e5m2, in
+    any mix). Returns `out`, or a new array: (M, N) for a packed call, (E, max_m, N) for a masked one, a list
+    of arrays for a list call. Rows of `out` that belong to no expert are left as they are (zero in a new
+    array). Unlike on a GPU, `offsets` that decrease or run past M, and `rows` past max_m, always raise
+    ValueError.
     """
     fmt = format_of(out_dtype)
-    if offsets is None:
+    refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
+    if offsets is None and rows is None:
         groups = list_groups(a, b, a_scale, b_scale, bias, dtype)
         outs = _list_outputs(out, groups, fmt)
         for group, target in zip(groups, outs, strict=True):
             target[...] = _rounded(_group_float32(group), fmt)
         return outs
-    groups = packed_groups(a, b, a_scale, b_scale, offsets, bias, dtype)
-    shape = (a.shape[0], b.shape[1])
-    result = (
-        np.zeros(shape, fmt.numpy_dtype)
-        if out is None
-        else _checked_output(out, shape, fmt, "out", {"a": a, "b": b})
+    stacked = stacked_groups(
+        a, b, a_scale, b_scale, offsets, row_index, rows, expected_m, row_weight, bias, dtype
     )
-    for group in groups:
+    result = (
+        np.zeros(stacked.shape, fmt.numpy_dtype)
+        if out is None
+        else _checked_output(out, stacked.shape, fmt, "out", {"a": a, "b": b})
+    )
+    for group in stacked.groups:
         result[group.rows] = _rounded(_group_float32(group), fmt)
     return result
 
@@ -60,6 +68,8 @@ def _group_float32(group: Group) -> NDArray[np.float32]:
     product *= group.b_scale
     if group.bias is not None:
         product += group.bias
+    if group.row_weight is not None:
+        product *= group.row_weight
     return product
 
 
@@ -75,7 +85,9 @@ def _checked_output(
     described = describe(out, argument)
     if not out.size:  # NumPy gives empty arrays strides of 0; they have no rows to be apart
         described = described._replace(strides=compact_strides(described.shape))
-    validate.output(described, shape, fmt.name, argument)
+    matrix = validate.output(described, shape, fmt.name, argument)
+    if len(shape) == 3:
+        row_layout.disjoint(described, argument, matrix, row_layout.group_stride(described, argument, matrix))
     for name, operand in inputs.items():
         if np.may_share_memory(out, operand):
             raise ValueError(f"{argument}: expected memory of its own, got an array that overlaps {name}")

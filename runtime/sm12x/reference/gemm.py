@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sm12x.reference.problem import Group, dequantise, list_groups, packed_groups
+from sm12x.ops.arguments import refuse_layouts
+from sm12x.reference.problem import Group, dequantise, list_groups, stacked_groups
 from sm12x.reference.rounding import Float64, format_of, round_to, ulp
 
 
@@ -19,26 +20,34 @@ def grouped_gemm_float64(
     a_scale: Any = None,
     b_scale: Any = None,
     offsets: Any = None,
+    row_index: Any = None,
+    rows: Any = None,
+    expected_m: Any = None,
+    row_weight: Any = None,
     bias: Any = None,
     dtype: Any = None,
 ) -> tuple[Any, Any]:
     """The exact-as-float64 result of ``sm12x.grouped_gemm`` on the same NumPy operands, before the rounding
     to `out_dtype`.
 
-    Arguments are those of ``sm12x.grouped_gemm``. Returns ``(ref, abs_sum)``: ``ref[m, n] = a_scale * b_scale
-    * sum_k a * b + bias`` and ``abs_sum[m, n] = sum_k |a_scale * a| * |b_scale * b|``, float64 (M, N); for a
-    list call two lists of such arrays. Rows of a packed call outside ``offsets[0]:offsets[-1]`` belong to no
-    expert and are NaN in both.
+    Arguments are those of ``sm12x.grouped_gemm``. Returns ``(ref, abs_sum)``, where ``ref[m, n]`` is
+    ``(a_scale * b_scale * sum_k a * b + bias) * row_weight`` and ``abs_sum[m, n]`` is ``sum_k |a_scale * a| *
+    |b_scale * b| * |row_weight|``, float64 (M, N), masked (E, max_m, N); for a list call two lists of such
+    arrays. Rows that belong to no expert (of a packed call outside ``offsets[0]:offsets[-1]``, of a masked
+    one beyond the count) are NaN in both.
 
     Raises ValueError and TypeError as ``sm12x.grouped_gemm`` does.
     """
-    if offsets is None:
+    refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
+    if offsets is None and rows is None:
         results = [_group_float64(group) for group in list_groups(a, b, a_scale, b_scale, bias, dtype)]
         return [ref for ref, _ in results], [abs_sum for _, abs_sum in results]
-    groups = packed_groups(a, b, a_scale, b_scale, offsets, bias, dtype)
-    ref = np.full((a.shape[0], b.shape[1]), np.nan)
+    stacked = stacked_groups(
+        a, b, a_scale, b_scale, offsets, row_index, rows, expected_m, row_weight, bias, dtype
+    )
+    ref = np.full(stacked.shape, np.nan)
     abs_sum = np.full_like(ref, np.nan)
-    for group in groups:
+    for group in stacked.groups:
         ref[group.rows], abs_sum[group.rows] = _group_float64(group)
     return ref, abs_sum
 
@@ -50,7 +59,12 @@ def _group_float64(group: Group) -> tuple[Float64, Float64]:
     ref = (a @ b.T) * scale
     if group.bias is not None:
         ref += group.bias
-    return ref, (np.abs(a) @ np.abs(b).T) * np.abs(scale)
+    abs_sum = (np.abs(a) @ np.abs(b).T) * np.abs(scale)
+    if group.row_weight is not None:
+        weight = group.row_weight.astype(np.float64)
+        ref *= weight
+        abs_sum *= np.abs(weight)
+    return ref, abs_sum
 
 
 def tolerance(ref: Float64, abs_sum: Float64, k: int, out_dtype: object) -> Float64:

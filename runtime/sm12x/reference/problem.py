@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sm12x.abi import SM12X_SCALE_GROUP, SM12X_SCALE_VECTOR
 from sm12x.arrays import Array
-from sm12x.ops import validate
+from sm12x.ops import row_layout, validate
 from sm12x.ops.arguments import is_sequence
 from sm12x.tensors import ingest
 
@@ -25,14 +25,16 @@ FP8 = {
 
 @dataclass(frozen=True)
 class Group:
-    """One expert's GEMM. `rows`: its rows of a packed `a` and `out`, or all rows of a list entry."""
+    """One expert's GEMM. `rows`: where its rows lie in `out`, as an index: its rows of a packed call, its
+    number and first rows of a masked one, or all rows of a list entry."""
 
-    rows: slice
+    rows: slice | tuple[int, slice]
     a: NDArray[Any]  # (m, k), FP8
     b: NDArray[Any]  # (n, k), FP8
     a_scale: NDArray[np.float32]  # (m, 1) or (1, 1)
     b_scale: NDArray[np.float32]  # (1, n) or (1, 1)
     bias: NDArray[np.float32] | None  # (1, n)
+    row_weight: NDArray[np.float32] | None = None  # (m, 1)
 
 
 @cache
@@ -82,50 +84,97 @@ def _bias(bias: Any, shape: tuple[int, ...], argument: str) -> NDArray[np.float3
     return values
 
 
-def packed_groups(
-    a: Any, b: Any, a_scale: Any, b_scale: Any, offsets: Any, bias: Any, dtype: Any
-) -> list[Group]:
-    """The groups of a packed call that have rows.
+@dataclass(frozen=True)
+class Stacked:
+    """The groups of a packed or masked call that have rows, and the shape of its result."""
 
-    Raises ValueError and TypeError as ``sm12x.grouped_gemm`` does.
+    groups: list[Group]
+    shape: tuple[int, ...]
+
+
+def stacked_groups(
+    a: Any,
+    b: Any,
+    a_scale: Any,
+    b_scale: Any,
+    offsets: Any,
+    row_index: Any,
+    rows: Any,
+    expected_m: Any,
+    row_weight: Any,
+    bias: Any,
+    dtype: Any,
+) -> Stacked:
+    """A packed call, or with `rows` a masked one. Raises ValueError and TypeError as ``sm12x.grouped_gemm``
+    does, and ValueError for offsets and counts that a kernel would clamp.
     """
+    masked = rows is not None
     name_a, name_b = validate.fp8_names(dtype)
-    a, a_array = _operand(a, "a", name_a, "(M, K)")
+    row_layout.expected_m(expected_m)
+    a, a_array = _operand(a, "a", name_a, "(E, max_m, K)" if masked else "(M, K)")
     b, b_array = _operand(b, "b", name_b, "(E, N, K)")
-    (rows, k), (experts, n, k_of_b) = a.shape, b.shape
-    validate.sizes(rows, n, k, k_of_b, "a", "b")
+    (a_rows, k), (experts, n, k_of_b) = a.shape[-2:], b.shape
+    if masked and a.shape[0] != experts:
+        raise ValueError(f"a: expected {experts} experts, as many as b, got {a.shape[0]}")
+    validate.sizes(a_rows, n, k, k_of_b, "a", "b")
     if experts > validate.MAX_GROUPS:
         raise ValueError(f"b: expected at most {validate.MAX_GROUPS} experts, got {experts}")
-    if rows:  # NumPy gives empty arrays strides of 0
-        validate.matrix(a_array, "a", 1)
-    if experts:
-        validate.group_stride(b_array, validate.matrix(b_array, "b", 1, (1, 2)))
-    a_scales, per_token = _packed_a_scale(a_scale, rows, experts)
+    inner = validate.matrix(a_array, "a", 1, (1, 2) if masked else (0, 1))
+    if masked:
+        row_layout.group_stride(a_array, "a", inner)
+    row_layout.group_stride(b_array, "b", validate.matrix(b_array, "b", 1, (1, 2)))
+    a_scales, per_row = _a_scale(a_scale, a_rows, experts, masked)
     b_scales = _packed_b_scale(b_scale, experts, n)
+    if row_index is not None:
+        row_layout.row_index(describe(row_index, "row_index"))
+        a = _gathered(a, row_index)
+        a_scales = _gathered(a_scales, row_index) if per_row else a_scales
+    m = a.shape[-2]
+    out_rows = (experts, m) if masked else (m,)
+    weights = None
+    if row_weight is not None:
+        row_layout.row_weight(describe(row_weight, "row_weight"), out_rows)
+        weights = row_weight.reshape(*out_rows, 1)
     biases = _bias(bias, (experts, n), "bias")
-    return [
-        Group(
-            rows=slice(first, last),
-            a=a[first:last],
-            b=b[e],
-            a_scale=a_scales[first:last] if per_token else a_scales[e],
-            b_scale=b_scales[e],
-            bias=None if biases is None else biases[e][None, :],
-        )
-        for e, (first, last) in enumerate(pairwise(_bounds(offsets, rows, experts)))
-        if first < last
-    ]
+    counts = _counts(rows, m, experts) if masked else pairwise(_bounds(offsets, m, experts))
+    groups = []
+    for e, (first, last) in enumerate(counts):
+        if first < last:
+            at = (e, slice(first, last)) if masked else slice(first, last)
+            groups.append(
+                Group(
+                    rows=at,
+                    a=a[at],
+                    b=b[e],
+                    a_scale=a_scales[at] if per_row else a_scales[e],
+                    b_scale=b_scales[e],
+                    bias=None if biases is None else biases[e][None, :],
+                    row_weight=None if weights is None else weights[at],
+                )
+            )
+    return Stacked(groups, (*out_rows, n))
 
 
-def _packed_a_scale(scale: Any, rows: int, experts: int) -> tuple[NDArray[np.float32], bool]:
-    """(M, 1) and true where the scale is per token, else (E, 1, 1) and false."""
+def _a_scale(scale: Any, rows: int, experts: int, masked: bool) -> tuple[NDArray[np.float32], bool]:
+    """(rows, 1), masked (E, rows, 1), and true where the scale is per token, else (E, 1, 1) and false."""
     values, described = _scale(scale, "a_scale")
-    mode = validate.packed_a_scale(described, rows, experts)
+    if masked:
+        mode = row_layout.masked_a_scale(described, experts, rows)
+    else:
+        mode = validate.packed_a_scale(described, rows, experts)
     if mode == SM12X_SCALE_VECTOR:
-        return values.reshape(rows, 1), True
+        return values.reshape((experts, rows, 1) if masked else (rows, 1)), True
     if mode == SM12X_SCALE_GROUP:
         return values.reshape(experts, 1, 1), False
     return np.broadcast_to(values.reshape(1, 1, 1), (experts, 1, 1)), False
+
+
+def _gathered(x: NDArray[Any], row_index: NDArray[Any]) -> NDArray[Any]:
+    """The rows of `x` that an index names, zeros where it is outside."""
+    inside = (row_index >= 0) & (row_index < len(x))
+    rows = np.zeros((len(row_index), x.shape[1]), x.dtype)
+    rows[inside] = x[row_index[inside]]
+    return rows
 
 
 def _packed_b_scale(scale: Any, experts: int, n: int) -> NDArray[np.float32]:
@@ -139,8 +188,19 @@ def _packed_b_scale(scale: Any, experts: int, n: int) -> NDArray[np.float32]:
     return np.broadcast_to(values.reshape(1, 1, 1), (experts, 1, 1))
 
 
+def _counts(counts: Any, most: int, experts: int) -> list[tuple[int, int]]:
+    """First and behind last row of each group of a masked call."""
+    row_layout.counts(describe(counts, "rows"), experts)
+    values: list[int] = counts.tolist()
+    if any(not 0 <= value <= most for value in values):
+        raise ValueError(
+            f"rows: expected values from 0 to max_m = {most}, got {min(values)} to {max(values)}"
+        )
+    return [(0, value) for value in values]
+
+
 def _bounds(offsets: Any, rows: int, experts: int) -> list[int]:
-    validate.offsets(describe(offsets, "offsets"), experts)
+    row_layout.offsets(describe(offsets, "offsets"), experts)
     bounds: list[int] = offsets.tolist()
     if any(last < first for first, last in pairwise(bounds)):
         raise ValueError("offsets: expected values that never decrease, got some that do")

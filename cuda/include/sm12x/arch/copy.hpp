@@ -10,6 +10,16 @@ __device__ __forceinline__ uint32_t shared_address(void const* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+/// Keeps the compiler from computing a value later than here.
+__device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
+/// Bytes of dynamic shared memory that the launch brought.
+__device__ __forceinline__ uint32_t dynamic_shared_bytes() {
+  uint32_t bytes;
+  asm("mov.u32 %0, %dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
+}
+
 /// Four 8x8 matrices of 16-bit elements (of FP8: 8 rows of 16 bytes each); lane l gives the address of
 /// row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t& d0, uint32_t& d1,
@@ -44,19 +54,28 @@ __device__ __forceinline__ void prefetch_tensor_map(void const* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+/// How long L2 should keep what TMA reads: the policies of createpolicy.fractional, for all of it.
+enum class CachePolicy : uint64_t {
+  kEvictNormal = 0x1000000000000000,
+  kEvictFirst = 0x12f0000000000000,
+  kEvictLast = 0x14f0000000000000
+};
+
 /// A box of a 3-D tensor into shared memory by TMA; out of bounds it is zeros. The mbarrier gets its
 /// bytes, all of them.
 __device__ __forceinline__ void load_box(void const* map, uint32_t barrier, uint32_t shared, int x,
-                                         int y, int z) {
+                                         int y, int z, CachePolicy policy) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 #define SM12X_TMA_DESTINATION "shared::cta"
 #else
 #define SM12X_TMA_DESTINATION "shared::cluster"
 #endif
-  asm volatile("cp.async.bulk.tensor.3d." SM12X_TMA_DESTINATION
-               ".global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared),
-               "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.3d." SM12X_TMA_DESTINATION
+      ".global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::
+          "r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
+      : "memory");
 #undef SM12X_TMA_DESTINATION
 }
 

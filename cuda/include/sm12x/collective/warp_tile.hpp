@@ -16,7 +16,8 @@
 
 namespace sm12x::collective {
 
-template <class Mma, int AtomsM_, int AtomsN_, int TileK_, int StepM_, int StepN_>
+/// ShortA: A's tile may end before the warp's last atom.
+template <class Mma, int AtomsM_, int AtomsN_, int TileK_, int StepM_, int StepN_, bool ShortA>
 class WarpTile {
  public:
   static constexpr int kAtomsM = AtomsM_;
@@ -45,10 +46,15 @@ class WarpTile {
     return uint32_t(row * kTileK + ((chunk ^ flip) * 16));
   }
 
-  /// The warp's first rows in the tiles of A and B.
-  __device__ WarpTile(int row_a, int row_b) {
+  /// The warp's first rows in the tiles of A and B. Of A's rows only `rows_a`, a multiple of 8, are there:
+  /// an atom's upper half that is not reads the lower one instead, for results that nobody wants.
+  __device__ WarpTile(int row_a, int row_b, int rows_a) {
     int const lane = threadIdx.x % 32;
-    offset_a_ = swizzled(row_a + lane % 16, lane / 16);
+#pragma unroll
+    for (int m = 0; m < kOffsetsA; ++m) {
+      int const row = row_a + m * kStepM + lane % 16;
+      offset_a_[m] = swizzled(!ShortA || row < rows_a ? row : row - 8, lane / 16);
+    }
     if constexpr (kAtomsN == 1) {
       offset_b_ = swizzled(row_b + lane % 8, lane / 8);
     } else {
@@ -72,6 +78,9 @@ class WarpTile {
       }
     } else {
       Fragments<ActiveM, ActiveN> fragments;
+      // An MMA waits for the one before it on the same accumulators: few atoms take turns with more sets.
+      constexpr int kChains = ActiveM * ActiveN >= 8 ? 1 : (ActiveM * ActiveN >= 4 ? 2 : 4);
+      float more[kChains][ActiveM][ActiveN][4] = {};  // the first set stays zero
       int const whole = last_blocks == kBlocks ? k_tiles : k_tiles - 1;
 #pragma unroll 1
       for (int tile = 0; tile < whole; ++tile) {
@@ -86,7 +95,7 @@ class WarpTile {
           } else {
             ring.release(state);
           }
-          multiply(fragments, block, accumulators);
+          multiply<kChains>(fragments, block, accumulators, more);
         }
         ring.advance(state);
       }
@@ -98,11 +107,24 @@ class WarpTile {
         for (int block = 0; block + 1 < kBlocks; ++block) {
           if (block < last_blocks) {
             load(fragments, a, b, block);
-            multiply(fragments, block, accumulators);
+            multiply<kChains>(fragments, block, accumulators, more);
           }
         }
         ring.release(state);
         ring.advance(state);
+      }
+#pragma unroll
+      for (int chain = 1; chain < kChains; ++chain) {
+#pragma unroll
+        for (int m = 0; m < ActiveM; ++m) {
+#pragma unroll
+          for (int n = 0; n < ActiveN; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              accumulators[m][n][i] += more[chain][m][n][i];
+            }
+          }
+        }
       }
     }
   }
@@ -120,12 +142,13 @@ class WarpTile {
 
   template <class Fragments>
   __device__ void load(Fragments& to, uint32_t a, uint32_t b, int block) const {
-    uint32_t const from_a = a + (offset_a_ ^ (block * kBlockK));
     uint32_t const from_b = b + (offset_b_ ^ (block * kBlockK));
 #pragma unroll
     for (int m = 0; m < Fragments::kActiveM; ++m) {
       auto& atom = to.a[block % 2][m];
-      arch::load_matrices(from_a + m * kStepM * kTileK, atom[0], atom[1], atom[2], atom[3]);
+      uint32_t const from_a = ShortA ? a + (offset_a_[m] ^ (block * kBlockK))
+                                     : a + (offset_a_[0] ^ (block * kBlockK)) + m * kStepM * kTileK;
+      arch::load_matrices(from_a, atom[0], atom[1], atom[2], atom[3]);
     }
     if constexpr (kAtomsN == 1) {
       if (block % 2 == 0) {
@@ -142,8 +165,10 @@ class WarpTile {
     }
   }
 
-  template <class Fragments>
-  __device__ static void multiply(Fragments const& from, int block, Accumulators& d) {
+  template <int Chains, class Fragments, class More>
+  __device__ static void multiply(Fragments const& from, int block, Accumulators& accumulators,
+                                  More& more) {
+    int const chain = block % Chains;
 #pragma unroll
     for (int n = 0; n < Fragments::kActiveN; ++n) {
       uint32_t const* b =
@@ -151,14 +176,15 @@ class WarpTile {
 #pragma unroll
       for (int m = 0; m < Fragments::kActiveM; ++m) {
         uint32_t const(&a)[4] = from.a[block % 2][m];
-        float (&c)[4] = d[m][n];
-        Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2],
-                 c[3]);
+        float* const d = chain == 0 ? accumulators[m][n] : more[chain][m][n];
+        Mma::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b[0], b[1], d[0], d[1], d[2],
+                 d[3]);
       }
     }
   }
 
-  uint32_t offset_a_;
+  static constexpr int kOffsetsA = ShortA ? kAtomsM : 1;
+  uint32_t offset_a_[kOffsetsA];
   uint32_t offset_b_;
 };
 

@@ -84,47 +84,41 @@ class RowStore {
     return params_.row_layout == SM12X_ROWS_MASKED ? tile_.group * params_.rows : 0;
   }
 
+  // Rows and features outside of the piece take the values of its last one, for results that are not
+  // stored: no load depends on a branch.
   __device__ void load_token_scales() {
-    auto const* const scale = reinterpret_cast<float const*>(params_.a_scale);
-    bool const per_token = params_.a_scale_mode == SM12X_SCALE_VECTOR;
-    float const all = one_scale(params_.a_scale_mode, scale, params_.a_scale_value);
+    auto const* const weight = reinterpret_cast<float const*>(params_.row_weight);
+    int64_t const first = first_row() + tile_.row;
+    int const mode = params_.a_scale_mode;
+    float const* const scale = scale_of_group(mode, params_.a_scale, &params_.a_scale_value, 0);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      int const in_tile = token_ + token_at(i);
-      token_scale_[i] = all;
-      row_weight_[i] = 1.0f;
-      if (in_tile < tile_.rows) {
-        int64_t const row = first_row() + tile_.row + in_tile;
-        if (per_token) {
-          int64_t const of_a = params_.row_index != 0 ? kernel::indexed_row(params_, row) : row;
-          token_scale_[i] = of_a < 0 ? 0.0f : scale[of_a];
-        }
-        if (params_.row_weight != 0) {
-          row_weight_[i] = reinterpret_cast<float const*>(params_.row_weight)[row];
-        }
+      int64_t row = first + min(token_ + token_at(i), tile_.rows - 1);
+      row_weight_[i] = weight != nullptr ? weight[row] : 1.0f;
+      if (mode == SM12X_SCALE_VECTOR && params_.row_index != 0) {
+        row = max(kernel::indexed_row(params_, row), int64_t(0));  // none: it read zeros
       }
+      token_scale_[i] = scale[mode == SM12X_SCALE_VECTOR ? row : 0];
     }
   }
 
   __device__ void load_feature_scales() {
-    auto const* const scale = reinterpret_cast<float const*>(params_.b_scale);
-    bool const per_channel = params_.b_scale_mode == SM12X_SCALE_VECTOR;
-    float const all = one_scale(params_.b_scale_mode, scale, params_.b_scale_value);
-    int64_t const scales = tile_.group * params_.stride_b_scale + feature_;
-    int64_t const biases = tile_.group * params_.stride_bias + feature_;
+    int const mode = params_.b_scale_mode;
+    float const* const scale = scale_of_group(mode, params_.b_scale, &params_.b_scale_value,
+                                              tile_.group * params_.stride_b_scale);
 #pragma unroll
     for (int i = 0; i < kFeatures; ++i) {
-      bool const inside = feature_ + feature_at(i) < tile_.feature_end;
-      feature_scale_[i] = per_channel && inside ? scale[scales + feature_at(i)] : all;
+      feature_scale_[i] = scale[mode == SM12X_SCALE_VECTOR ? feature_inside(i) : 0];
       bias_[i] = 0.0f;
     }
     if (params_.bias != 0) {
+      int64_t const first = tile_.group * params_.stride_bias;
       if (params_.bias_type == SM12X_BIAS_FLOAT32) {
-        load_bias(reinterpret_cast<float const*>(params_.bias) + biases);
+        load_bias(reinterpret_cast<float const*>(params_.bias) + first);
       } else if (params_.bias_type == SM12X_BIAS_BFLOAT16) {
-        load_bias(reinterpret_cast<__nv_bfloat16 const*>(params_.bias) + biases);
+        load_bias(reinterpret_cast<__nv_bfloat16 const*>(params_.bias) + first);
       } else {
-        load_bias(reinterpret_cast<__half const*>(params_.bias) + biases);
+        load_bias(reinterpret_cast<__half const*>(params_.bias) + first);
       }
     }
   }
@@ -133,18 +127,22 @@ class RowStore {
   __device__ void load_bias(Element const* bias) {
 #pragma unroll
     for (int i = 0; i < kFeatures; ++i) {
-      if (feature_ + feature_at(i) < tile_.feature_end) {
-        bias_[i] = float(bias[feature_at(i)]);
-      }
+      bias_[i] = float(bias[feature_inside(i)]);
     }
   }
 
-  // The scale of all rows or features of the group; unless each has its own.
-  __device__ float one_scale(int mode, float const* scale, float value) const {
-    if (mode == SM12X_SCALE_GROUP) {
-      return scale[tile_.group];
-    }
-    return mode == SM12X_SCALE_ONE ? scale[0] : value;
+  __device__ int feature_inside(int i) const {
+    return min(feature_ + feature_at(i), tile_.feature_end - 1);
+  }
+
+  // Where the group's scale is, or where its vector begins.
+  __device__ float const* scale_of_group(int mode, uint64_t address, float const* value,
+                                         int64_t vector_start) const {
+    auto const* const scale = reinterpret_cast<float const*>(address);
+    return mode == SM12X_SCALE_VALUE    ? value
+           : mode == SM12X_SCALE_VECTOR ? scale + vector_start
+           : mode == SM12X_SCALE_GROUP  ? scale + tile_.group
+                                        : scale;
   }
 
   template <class Element>

@@ -16,6 +16,7 @@
 /// every MMA warp of the group that reads it has released it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include <cute/numeric/integral_constant.hpp>
@@ -55,6 +56,7 @@ class PackedGemm {
   // -----------------------------------------------------------------------------------------------
 
   using Params = sm12x_packed_params;
+  static constexpr int log2(int power) { return power == 1 ? 0 : 1 + log2(power / 2); }
   static constexpr int kTokens = Config::kSwapAb ? Config::kTileN : Config::kTileM;
   static constexpr int kFeatures = Config::kSwapAb ? Config::kTileM : Config::kTileN;
   static constexpr int kTileK = Config::kTileK;
@@ -71,29 +73,36 @@ class PackedGemm {
   static constexpr int kMmaWarps = kGroupWarps * Config::kMmaGroups;
   static constexpr int kThreads = 32 * (kProducerWarps + kMmaWarps);
 
-  // Weights come in boxes: under swap_ab strips of 16 features, of which a piece has as many as it has.
-  static constexpr int kBoxFeatures = Config::kSwapAb ? 16 : kFeatures;
+  using Schedule = PackedSchedule<Config::kSwapAb, kTokens, kFeatures, kTileK>;
+  // Under swap_ab a piece has any number of strips of 8 features. It comes in boxes of 1, 2, 4, 8 and 16
+  // strips, because TMA takes some 40 ns for a box however small (measured on an H200).
+  static constexpr int kBoxFeatures = Config::kSwapAb ? Schedule::kStrip : kFeatures;
   static constexpr int kBoxes = kFeatures / kBoxFeatures;
+  static constexpr int kWeightMaps = log2(kBoxes) + 1;
+  static_assert(kWeightMaps <= SM12X_WEIGHT_MAPS);
   static constexpr int kBoxBytes = kBoxFeatures * kTileK;
   static constexpr int kTokenBytes = kTokens * kTileK;
   static constexpr int kSwizzleAtom = 8 * kTileK;  // bytes after which TMA's swizzle repeats
   static_assert(kBoxBytes % kSwizzleAtom == 0 && kTokenBytes % kSwizzleAtom == 0);
   static_assert(kBoxes <= 32, "a lane issues a box");
 
-  static constexpr int kMostStages = 16;
+  static constexpr int kMostStages = 32;
   using Ring = StageRing<kMostStages>;
   using State = typename Ring::State;
-  static constexpr int kBarrierBytes = int(sizeof(typename Ring::Storage)) + 8 * Config::kMmaGroups;
-  static constexpr int kStagesBytes = (detail::kSharedMemoryBytes - kBarrierBytes) / 1024 * 1024;
-  static constexpr int kStages = kStagesBytes / (kBoxes * kBoxBytes + kTokenBytes);
-  static_assert(kStages >= 2);
+  // Barriers lie in front of the stages. A launch may bring more shared memory than this, which a device
+  // with more of it then fills with stages.
+  static constexpr int kBarrierBytes = 1024;
+  static constexpr int kSharedBytes = detail::kSharedMemoryBytes;
+  static constexpr int kStages =
+      (kSharedBytes - kBarrierBytes) / (kBoxes * kBoxBytes + kTokenBytes);
+  static_assert(kStages >= 2, "two stages of this tile need more shared memory than SM12x has");
 
-  using Schedule = PackedSchedule<Config::kSwapAb, kTokens, kFeatures, kTileK>;
   // Atoms of a warp lie as far apart as the warps of the group reach together, so that a short piece
   // keeps all warps busy; 8-row atoms go in pairs.
   static constexpr int kStepM = 16 * Config::kWarpsM;
   static constexpr int kStepN = 16 * Config::kWarpsN;
-  using Tile = collective::WarpTile<typename Config::Mma, kAtomsM, kAtomsN, kTileK, kStepM, kStepN>;
+  using Tile = collective::WarpTile<typename Config::Mma, kAtomsM, kAtomsN, kTileK, kStepM, kStepN,
+                                    Config::kSwapAb>;
   using Accumulators = typename Tile::Accumulators;
   static constexpr int kValues = kAtomsM * kAtomsN * 4;
   using Split = SplitK<kValues, kGroupWarps>;
@@ -104,13 +113,11 @@ class PackedGemm {
   // -----------------------------------------------------------------------------------------------
 
   struct SharedMemory {
-    alignas(1024) char stages[kStagesBytes];  // of each stage: weights, then tokens
     typename Ring::Storage ring;
     typename Ring::EmptyBarrier turn[Config::kMmaGroups];  // of a group's main loop
+    alignas(1024) char stages[1];                          // of each stage: weights, then tokens
   };
-  static constexpr int kSharedBytes = kStagesBytes + kBarrierBytes;
-  static_assert(kSharedBytes <= detail::kSharedMemoryBytes,
-                "the kernel needs more shared memory than a block of SM12x may use");
+  static_assert(offsetof(SharedMemory, stages) == kBarrierBytes);
 
   /// Where the stages of a CTA lie: they are as long as its largest piece.
   struct Stages {
@@ -126,37 +133,53 @@ class PackedGemm {
   // Roles: what a warp does with one piece of work
   // -----------------------------------------------------------------------------------------------
 
+  // One thread goes through all k-tiles by itself: electing it for each k-tile costs more than the loads.
   __device__ static void load_weights(Params const& params, Ring& ring, Stages const& stages,
                                       PackedWork const& work, State& state) {
-    int const lane = threadIdx.x % 32;
     int const boxes = (work.feature_end - work.feature + kBoxFeatures - 1) / kBoxFeatures;
-    for (int k = work.k_begin; k < work.k_end; ++k) {
-      ring.wait_empty(state);
-      if (lane == 0) {
-        ring.arrive_and_expect(state, boxes * kBoxBytes);
+    // Weights that nobody reads again leave L2 first, so that bounds, rows and scales stay.
+    arch::CachePolicy const policy =
+        work.reads_once ? arch::CachePolicy::kEvictFirst : arch::CachePolicy::kEvictNormal;
+    if (cute::elect_one_sync()) {
+      State at = state;
+#pragma unroll 1
+      for (int k = work.k_begin; k < work.k_end; ++k) {
+        ring.wait_empty(at);
+        ring.arrive_and_expect(at, boxes * kBoxBytes);
+        uint32_t to = stages.weights(at);
+        int feature = work.feature;
+#pragma unroll
+        for (int map = kWeightMaps - 1; map >= 0; --map) {
+          if (boxes >> map & 1) {
+            arch::load_box(&params.map_b[map], ring.full_barrier(at), to, k * kTileK, feature,
+                           work.group, policy);
+            to += kBoxBytes << map;
+            feature += kBoxFeatures << map;
+          }
+        }
+        ring.advance(at);
       }
-      __syncwarp();
-      if (lane < boxes) {
-        arch::load_box(&params.map_b, ring.full_barrier(state),
-                       stages.weights(state) + lane * kBoxBytes, k * kTileK,
-                       work.feature + lane * kBoxFeatures, work.group);
-      }
-      ring.advance(state);
     }
+    __syncwarp();
+    ring.advance(state, work.k_end - work.k_begin);
   }
 
   __device__ static void load_tokens(Params const& params, Ring& ring, Stages const& stages,
                                      PackedWork const& work, State& state) {
     int const group = params.row_layout == SM12X_ROWS_MASKED ? work.group : 0;
-    for (int k = work.k_begin; k < work.k_end; ++k) {
-      if (threadIdx.x % 32 == 0) {
-        ring.wait_empty(state);
-        ring.arrive_and_expect(state, kTokenBytes);
-        arch::load_box(&params.map_a, ring.full_barrier(state), stages.tokens(state), k * kTileK,
-                       work.row, group);
+    if (cute::elect_one_sync()) {
+      State at = state;
+#pragma unroll 1
+      for (int k = work.k_begin; k < work.k_end; ++k) {
+        ring.wait_empty(at);
+        ring.arrive_and_expect(at, kTokenBytes);
+        arch::load_box(&params.map_a, ring.full_barrier(at), stages.tokens(at), k * kTileK,
+                       work.row, group, arch::CachePolicy::kEvictLast);
+        ring.advance(at);
       }
-      ring.advance(state);
     }
+    __syncwarp();
+    ring.advance(state, work.k_end - work.k_begin);
   }
 
   // The same into the same places, row by row. Lanes lie along k first: 16 bytes each.
@@ -175,6 +198,7 @@ class PackedGemm {
       int const row = first_row + i * kRowsAtOnce;
       rows[i] = row < work.rows ? int(indexed_row(params, work.row + row)) : -1;
     }
+#pragma unroll 1
     for (int k = work.k_begin; k < work.k_end; ++k) {
       ring.wait_empty(state);
       uint32_t const to = stages.tokens(state);
@@ -205,7 +229,7 @@ class PackedGemm {
     uint32_t const tokens = stages.first + stages.weight_bytes;
     typename Tile::Stages const operands = {Config::kSwapAb ? stages.first : tokens,
                                             Config::kSwapAb ? tokens : stages.first, stages.bytes};
-    Tile const tile(at_m, at_n);
+    Tile const tile(at_m, at_n, work.feature_end - work.feature);
     Store const store(params, work, Config::kSwapAb ? at_n : at_m, Config::kSwapAb ? at_m : at_n);
     int const k_tiles = int(schedule.k_tiles());
     int const count = work.k_end - work.k_begin;
@@ -247,7 +271,9 @@ class PackedGemm {
     bool const gathers = params.row_index != 0;
     Ring ring(shared.ring);
     if (threadIdx.x == 0) {
-      arch::prefetch_tensor_map(&params.map_b);
+      for (int map = 0; map < kWeightMaps; ++map) {
+        arch::prefetch_tensor_map(&params.map_b[map]);
+      }
       if (!gathers) {
         arch::prefetch_tensor_map(&params.map_a);
       }
@@ -256,22 +282,42 @@ class PackedGemm {
       }
       ring.init(1 + (gathers ? 32 : 1), kGroupWarps);
     }
+    Schedule schedule(params);
+    // Lane l knows how many stages of l + 1 boxes fit: no division once the work is known.
+    uint32_t stages_of_boxes = min((arch::dynamic_shared_bytes() - kBarrierBytes) /
+                                       ((threadIdx.x % 32 + 1) * kBoxBytes + kTokenBytes),
+                                   uint32_t(kMostStages));
+    arch::keep(stages_of_boxes);
     __syncthreads();
+    State state = mma_warp < 0 ? Ring::producer_start() : State{};
+    Stages stages;
+    stages.first = arch::shared_address(shared.stages);
+    PackedWork work;
     if constexpr (Config::kPdl) {
       arch::wait_on_prerequisite_grids();
       arch::launch_dependent_grids();
     }
-    Schedule schedule(params);
-    uint32_t const piece = schedule.piece_strips();
-    Stages stages;
-    stages.first = arch::shared_address(shared.stages);
-    stages.weight_bytes = Config::kSwapAb ? piece * kBoxBytes : kBoxBytes;
+    // Nothing happens on the SM until the producers know their work, so the MMA warps, which will wait for
+    // data anyway, stay out of their way until then.
+    constexpr int kEverybody = kThreads;
+    constexpr int kProducersKnow = 1;  // named barrier
+    if (mma_warp >= 0) {
+      arch::wait_at_barrier(kProducersKnow, kEverybody);
+    }
+    schedule.start();
+    // A stage is as long as the CTA's largest piece: short pieces have more of them.
+    uint32_t const boxes = Config::kSwapAb ? schedule.largest_piece() : 1;
+    stages.weight_bytes = boxes * kBoxBytes;
     stages.bytes = stages.weight_bytes + kTokenBytes;
-    ring.set_stages(Config::kSwapAb ? min(kStagesBytes / stages.bytes, uint32_t(kMostStages))
-                                    : kStages);
-    State state = mma_warp < 0 ? Ring::producer_start() : State{};
-    PackedWork work;
-    for (int turn = 0; schedule.next(work, piece); ++turn) {
+    ring.set_stages(__shfl_sync(0xffffffffu, stages_of_boxes, boxes - 1));
+    for (int turn = 0;; ++turn) {
+      bool const found = schedule.next(work);
+      if (turn == 0 && mma_warp < 0) {
+        arch::arrive_at_barrier(kProducersKnow, kEverybody);
+      }
+      if (!found) {
+        break;
+      }
       if (warp == kWeightsWarp) {
         load_weights(params, ring, stages, work, state);
       } else if (warp == kTokensWarp) {
@@ -299,8 +345,8 @@ class PackedGemm {
     if constexpr (!Config::kSwapAb) {
       run(cute::Int<kAtomsM>{}, cute::Int<kAtomsN>{});
     } else {
-      int const strips = (work.feature_end - work.feature + 15) / 16;
-      int const active = (strips - warp_m + Config::kWarpsM - 1) / Config::kWarpsM;
+      int const atoms = (work.feature_end - work.feature + 15) / 16;
+      int const active = (atoms - warp_m + Config::kWarpsM - 1) / Config::kWarpsM;
       dispatch_m<kAtomsM>(active, work.rows, run);
     }
   }

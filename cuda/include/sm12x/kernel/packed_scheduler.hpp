@@ -2,13 +2,13 @@
 ///
 /// Input: bounds on the device (offsets of packed rows, or counts of masked ones), never trusted.
 /// Empty groups have no work. Nothing here writes, waits or uses shared memory: a warp reads the bounds
-/// of 128 groups at once, four to a lane, and all its lanes come to the same answers. They call
+/// of 128 groups at once, and all its lanes come to the same answers. They call
 /// everything here together.
 ///
 /// Three schedules. Groups follow each other as they come; T is a group's tiles of tokens.
 ///   turns    CTA c of G takes tiles c, c + G, c + 2G, ...; within a group the tiles of tokens vary
 ///            fastest, so that a tile of weights is used again while it is in L2.
-///   runs     the features of all groups in a row, in strips of 16 weighted with T, are cut into equal
+///   runs     the features of all groups in a row, in strips of 8 weighted with T, are cut into equal
 ///            runs, one for each CTA, and a run into pieces of at most a tile. No CTA has more than a
 ///            strip's work more than another, whatever the number of tiles; a CTA takes all tiles of
 ///            tokens of a piece one after the other.
@@ -16,10 +16,14 @@
 ///            a run cuts is finished by whoever comes last (split_k.hpp). For so few tiles that their
 ///            strips do not fill the device.
 /// Turns count tiles in 64 bits; for the others the host sees to it that units * CTAs < 2^32.
+///
+/// Between the bounds' arrival and a CTA's first load nothing else happens on the SM, so this code counts
+/// its cycles: no division on the way (about 150 each), all loads before the first use.
 #pragma once
 
 #include <cstdint>
 
+#include <cute/util/type_traits.hpp>
 #include <sm12x/abi.h>
 
 namespace sm12x::kernel {
@@ -42,10 +46,15 @@ struct PackedWork {
   int k_begin;
   int k_end;
   uint32_t first_unit;  ///< split-K: the tile's first unit (k-tile), counted over all tiles
+  bool reads_once;      ///< no other tile of tokens takes the same weights
 };
 
-/// Finds groups by a running count of their units: `feature_units` for each tile of tokens.
-template <int TileTokens>
+/// Finds groups by a running count of their tiles of tokens; each is `feature_units` units.
+///
+/// A window is 128 groups: group 32 * i + l is the i-th of lane l. Where every group of the window has one
+/// tile at most, as when tokens are few, four ballots are the running count; else it is a prefix sum.
+/// Count: unsigned type that holds the units of all groups.
+template <int TileTokens, class Count>
 class GroupWalker {
  public:
   struct Group {
@@ -57,57 +66,44 @@ class GroupWalker {
   };
 
   __device__ GroupWalker(sm12x_packed_params const& params, uint32_t feature_units)
-      : params_(params),
-        lane_(threadIdx.x % 32),
-        feature_units_(feature_units),
-        window_(-kWindow),
-        units_(0),
-        units_up_to_(0),
-        window_start_(0) {}
+      : params_(params), lane_(threadIdx.x % 32), feature_units_(feature_units) {}
 
-  /// Units of all groups. Before the first find().
-  __device__ uint64_t total() {
+  /// Tiles of tokens of all groups. Before the first find().
+  __device__ Count total() {
     while (next_window()) {
     }
-    uint64_t const units = window_end();
+    Count const tiles = window_end_;
     if (window_ > 0) {
-      window_ = -kWindow;
-      window_start_ = 0;
-      units_up_to_ = 0;
+      restart();
     }
-    return units;
+    return tiles;
   }
 
   /// The group of a unit that is not less than the last one asked for. False where there is none.
-  __device__ bool find(uint64_t unit, Group& group) {
-    while (unit >= window_end()) {
+  __device__ bool find(Count unit, Group& group) {
+    while (unit >= window_end_ * feature_units_) {
       if (!next_window()) {
         return false;
       }
     }
-    uint32_t const behind = __ballot_sync(kAllLanes, unit < window_start_ + units_up_to_);
-    int const lane = __ffs(behind) - 1;
-    uint64_t const before = __shfl_sync(kAllLanes, units_up_to_ - units_, lane);
-    int rows[kPerLane];
+    // This lane's groups hold tiles [before[i], before[i] + tiles); one of them holds the unit.
+    uint32_t const in_window = uint32_t(unit - window_start_ * feature_units_);
+    int found = -1;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      rows[i] = __shfl_sync(kAllLanes, rows_[i], lane);
-    }
-    group.first_row = __shfl_sync(kAllLanes, first_row_, lane);
-    group.offset = uint32_t(unit - window_start_ - before);
-    int i = 0;
-    group.rows = rows[0];
-#pragma unroll
-    for (int next = 1; next < kPerLane; ++next) {
-      uint32_t const units = units_of(group.rows);
-      if (i == next - 1 && group.offset >= units) {
-        group.offset -= units;
-        group.first_row += is_packed() ? group.rows : 0;
-        group.rows = rows[next];
-        i = next;
+      uint32_t const start = before_[i] * feature_units_;
+      if (in_window - start < token_tiles_of(rows_[i]) * feature_units_) {
+        found = i;
+        group.offset = in_window - start;
+        group.rows = rows_[i];
+        group.first_row = first_row_[i];
       }
     }
-    group.index = window_ + lane * kPerLane + i;
+    int const lane = __ffs(__ballot_sync(kAllLanes, found >= 0)) - 1;
+    group.index = __shfl_sync(kAllLanes, window_ + found * 32 + lane_, lane);
+    group.offset = __shfl_sync(kAllLanes, group.offset, lane);
+    group.rows = __shfl_sync(kAllLanes, group.rows, lane);
+    group.first_row = __shfl_sync(kAllLanes, group.first_row, lane);
     group.token_tiles = token_tiles_of(group.rows);
     return true;
   }
@@ -122,177 +118,233 @@ class GroupWalker {
   __device__ static uint32_t token_tiles_of(int rows) {
     return (uint32_t(rows) + TileTokens - 1) / TileTokens;
   }
-  __device__ uint32_t units_of(int rows) const { return token_tiles_of(rows) * feature_units_; }
 
-  // The unit after the last one of the window.
-  __device__ uint64_t window_end() const {
-    return window_start_ + __shfl_sync(kAllLanes, units_up_to_, 31);
+  __device__ void restart() {
+    window_ = -kWindow;
+    window_start_ = 0;
+    window_end_ = 0;
+    carried_ = 0;
+    decreases_ = false;
   }
 
   __device__ bool next_window() {
     if (window_ + kWindow >= params_.num_groups) {
       return false;
     }
-    window_start_ = window_end();
     window_ += kWindow;
-    load_window();
+    window_start_ = window_end_;
+    load_rows();
+    count_tiles();
     return true;
   }
 
-  // Reads the rows of this lane's groups and counts the units up to them.
-  __device__ void load_window() {
+  // Reads where this lane's groups begin and how many rows they have. All loads go out before the first
+  // is looked at; indices past the last bound read it again, which makes groups without rows.
+  __device__ void load_rows() {
     int const limit = params_.rows < 0x7fffffff ? int(params_.rows) : 0x7fffffff;
-    int const group = window_ + lane_ * kPerLane;
     bool const packed = is_packed();
-    // Offsets of rows begin one before the first group's end; past the last bound it counts again. All
-    // loads go out before the first is looked at.
-    int bounds[kPerLane + 1];
     int const last = params_.num_groups - (packed ? 0 : 1);
+    int const second = packed ? 1 : 0;
+    int begin[kPerLane];
+    int end[kPerLane];
     if (params_.bounds_are_64_bit) {
-      int64_t wide[kPerLane + 1];
+      auto const* const bounds = reinterpret_cast<int64_t const*>(params_.bounds);
+      int64_t wide[2][kPerLane];
 #pragma unroll
-      for (int i = 0; i <= kPerLane; ++i) {
-        wide[i] = reinterpret_cast<int64_t const*>(params_.bounds)[min(group + i, last)];
+      for (int i = 0; i < kPerLane; ++i) {
+        wide[0][i] = bounds[min(group_of(i), last)];
+        wide[1][i] = bounds[min(group_of(i) + second, last)];
       }
 #pragma unroll
-      for (int i = 0; i <= kPerLane; ++i) {
-        bounds[i] = wide[i] < 0 ? 0 : (wide[i] > limit ? limit : int(wide[i]));
+      for (int i = 0; i < kPerLane; ++i) {
+        begin[i] = clamped(wide[0][i], limit);
+        end[i] = clamped(wide[1][i], limit);
       }
     } else {
+      auto const* const bounds = reinterpret_cast<int32_t const*>(params_.bounds);
 #pragma unroll
-      for (int i = 0; i <= kPerLane; ++i) {
-        bounds[i] = reinterpret_cast<int32_t const*>(params_.bounds)[min(group + i, last)];
+      for (int i = 0; i < kPerLane; ++i) {
+        begin[i] = bounds[min(group_of(i), last)];
+        end[i] = bounds[min(group_of(i) + second, last)];
       }
 #pragma unroll
-      for (int i = 0; i <= kPerLane; ++i) {
-        bounds[i] = max(0, min(bounds[i], limit));
+      for (int i = 0; i < kPerLane; ++i) {
+        begin[i] = max(0, min(begin[i], limit));
+        end[i] = max(0, min(end[i], limit));
       }
     }
-    if (packed) {
-      bool sorted = window_ == 0 || bounds[0] >= carried_;
+    if (!packed) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        sorted = sorted && bounds[i] <= bounds[i + 1];
+        first_row_[i] = 0;
+        rows_[i] = group_of(i) <= last ? end[i] : 0;
       }
-      if (!__all_sync(kAllLanes, sorted)) {
-        raise_to_maximum(bounds);
-      }
-      carried_ = __shfl_sync(kAllLanes, bounds[kPerLane], 31);
-      first_row_ = bounds[0];
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        rows_[i] = bounds[i + 1] - bounds[i];
-      }
-    } else {
-      first_row_ = 0;
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        rows_[i] = group + i <= last ? bounds[i] : 0;
-      }
+      return;
     }
-    units_ = 0;
+    bool sorted = true;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      units_ += units_of(rows_[i]);
+      sorted = sorted && begin[i] <= end[i];
     }
-    units_up_to_ = units_;
+    if (!__all_sync(kAllLanes, sorted) || decreases_) {
+      raise_to_maximum(begin, end);
+    }
+    carried_ = __shfl_sync(kAllLanes, end[kPerLane - 1], 31);
 #pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      uint64_t const before = __shfl_up_sync(kAllLanes, units_up_to_, distance);
-      units_up_to_ += lane_ >= distance ? before : 0;
+    for (int i = 0; i < kPerLane; ++i) {
+      first_row_[i] = begin[i];
+      rows_[i] = end[i] - begin[i];
     }
   }
 
-  // Offsets that decrease count as their running maximum.
-  __device__ void raise_to_maximum(int (&bounds)[kPerLane + 1]) const {
-    if (window_ > 0) {
-      bounds[0] = max(bounds[0], carried_);
-    }
-#pragma unroll
-    for (int i = 1; i <= kPerLane; ++i) {
-      bounds[i] = max(bounds[i], bounds[i - 1]);
-    }
-    int highest = bounds[kPerLane];
+  // Offsets that decrease count as their running maximum, from here on.
+  __device__ static int running_maximum(int value) {
+    int const lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int distance = 1; distance < 32; distance *= 2) {
-      int const before = __shfl_up_sync(kAllLanes, highest, distance);
-      highest = lane_ >= distance ? max(highest, before) : highest;
+      int const before = __shfl_up_sync(kAllLanes, value, distance);
+      value = lane >= distance ? max(value, before) : value;
     }
-    highest = __shfl_up_sync(kAllLanes, highest, 1);
-    if (lane_ > 0) {
+    return value;
+  }
+
+  __device__ void raise_to_maximum(int (&begin)[kPerLane], int (&end)[kPerLane]) {
+    int highest = decreases_ || window_ > 0 ? carried_ : 0;
+    decreases_ = true;
 #pragma unroll
-      for (int i = 0; i <= kPerLane; ++i) {
-        bounds[i] = max(bounds[i], highest);
+    for (int i = 0; i < kPerLane; ++i) {
+      int const first = __shfl_sync(kAllLanes, begin[i], 0);
+      highest = max(highest, first);
+      int const up_to = max(highest, running_maximum(end[i]));
+      int const before = __shfl_up_sync(kAllLanes, up_to, 1);
+      begin[i] = lane_ == 0 ? highest : before;
+      end[i] = up_to;
+      highest = __shfl_sync(kAllLanes, up_to, 31);
+    }
+  }
+
+  __device__ void count_tiles() {
+    bool few = true;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      few = few && rows_[i] <= TileTokens;
+    }
+    uint32_t tiles = 0;
+    if (__all_sync(kAllLanes, few)) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        uint32_t const active = __ballot_sync(kAllLanes, rows_[i] > 0);
+        before_[i] = tiles + __popc(active & ((1u << lane_) - 1));
+        tiles += __popc(active);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        uint32_t const own = token_tiles_of(rows_[i]);
+        uint32_t up_to = own;
+#pragma unroll 1
+        for (int distance = 1; distance < 32; distance *= 2) {
+          uint32_t const before = __shfl_up_sync(kAllLanes, up_to, distance);
+          up_to += lane_ >= distance ? before : 0;
+        }
+        before_[i] = tiles + up_to - own;
+        tiles += __shfl_sync(kAllLanes, up_to, 31);
       }
     }
+    window_end_ = window_start_ + tiles;
+  }
+
+  __device__ int group_of(int i) const { return window_ + 32 * i + lane_; }
+
+  __device__ static int clamped(int64_t value, int limit) {
+    return value < 0 ? 0 : (value > limit ? limit : int(value));
   }
 
   sm12x_packed_params const& params_;
   int lane_;
   uint32_t feature_units_;
-  int window_;             // first group of the window
-  int carried_;            // end of the groups before the next window
-  int first_row_;          // of this lane's first group
-  int rows_[kPerLane];     // of this lane's groups
-  uint64_t units_;         // of this lane's groups
-  uint64_t units_up_to_;   // of the window, up to and with this lane's groups
-  uint64_t window_start_;  // units before the window
+  int window_ = -kWindow;      // first group of the window
+  Count window_start_ = 0;     // tiles of tokens before the window
+  Count window_end_ = 0;       // up to its end
+  int carried_ = 0;            // end of the groups before the next window
+  bool decreases_ = false;     // some offset was less than the one before it
+  int first_row_[kPerLane];    // of this lane's groups
+  int rows_[kPerLane];         // likewise
+  uint32_t before_[kPerLane];  // tiles of the window before each of them
 };
 
 /// The work of one CTA, in order. Runs: the family's swapped kernels; turns: the others.
 template <bool Runs, int TileTokens, int TileFeatures, int TileK>
 class PackedSchedule {
  public:
-  static constexpr int kStrip = 16;
+  static constexpr int kStrip = 8;
+  static constexpr uint32_t kMostStrips = TileFeatures / kStrip;
+  static_assert((kMostStrips & (kMostStrips - 1)) == 0);
 
+  /// Reads nothing on the device.
   __device__ explicit PackedSchedule(sm12x_packed_params const& params)
       : params_(params),
         k_tiles_((params.k + TileK - 1) / TileK),
         splits_(params.least_units > 0),
         strips_((uint32_t(params.n) + kStrip - 1) / kStrip),
         walker_(params, Runs && !splits_ ? strips_
-                                         : (uint32_t(params.n) + TileFeatures - 1) / TileFeatures) {
-    if (!Runs && !splits_) {
-      return;
-    }
-    units_ = uint32_t(walker_.total()) * (splits_ ? k_tiles_ : 1);
-    uint32_t const most = splits_ ? units_ / uint32_t(params.least_units) : units_;
-    runs_ = most < 1 ? 1 : (most < gridDim.x ? most : gridDim.x);
-    if (blockIdx.x < runs_) {
-      unit_ = run_start(blockIdx.x);
-      end_ = run_start(blockIdx.x + 1);
+                                         : (uint32_t(params.n) + TileFeatures - 1) / TileFeatures),
+        per_cta_(0xffffffffu / gridDim.x + 1) {}
+
+  /// Reads the bounds and finds this CTA's share.
+  __device__ void start() {
+    uint32_t const tiles = uint32_t(walker_.total());
+    if (splits_) {
+      units_ = tiles * ((uint32_t(params_.n) + TileFeatures - 1) / TileFeatures) * k_tiles_;
+      uint32_t const most = units_ / uint32_t(params_.least_units);
+      runs_ = most < 1 ? 1 : min(most, gridDim.x);
+      if (blockIdx.x < runs_) {
+        unit_ = blockIdx.x * units_ / runs_;
+        end_ = (blockIdx.x + 1) * units_ / runs_;
+      }
+    } else if (Runs) {
+      units_ = tiles * strips_;
+      if (tiles > 0 && 4 * tiles <= gridDim.x) {
+        uint32_t const ctas = uint32_t((float(gridDim.x) + 0.5f) * __frcp_rn(float(tiles)));
+        if (16 * ctas * tiles >= 15 * gridDim.x) {
+          ctas_per_tile_ = ctas;
+          per_ctas_of_tile_ = __frcp_rn(float(ctas));
+        }
+      }
+      unit_ = start_of_run(blockIdx.x);
+      end_ = start_of_run(blockIdx.x + 1);
+      next_group_of_run();
     }
   }
 
-  /// Runs: strips that the largest piece of this CTA has, for the layout of its stages.
-  __device__ uint32_t piece_strips() const {
-    constexpr uint32_t kMost = TileFeatures / kStrip;
+  /// Runs, after start(): strips of the largest piece that this CTA takes, for the layout of its stages.
+  __device__ uint32_t largest_piece() const {
     if (!Runs || splits_) {
-      return kMost;
+      return kMostStrips;
     }
-    // As many pieces as are needed, of equal size. With more tiles of tokens a run has fewer strips.
-    uint32_t const strips = max(end_ - unit_, 1u);
-    uint32_t const pieces = (strips + kMost - 1) / kMost;
-    return (strips + pieces - 1) / pieces;
+    // What is left of the run behind its first group's part is one part or several.
+    uint32_t const behind = end_ > unit_ ? end_ - unit_ : 0;
+    return min(max(max(strip_end_ - strip_, behind), 1u), kMostStrips);
   }
 
-  /// False where the CTA has done its work. `piece` is what piece_strips() said at the start.
-  __device__ bool next(PackedWork& work, uint32_t piece) {
-    if (Runs && !splits_) {
-      return next_of_run(work, piece);
-    }
+  /// False where the CTA has done its work.
+  __device__ bool next(PackedWork& work) {
     work.k_begin = 0;
     work.k_end = int(k_tiles_);
-    uint64_t index = turn_;
+    if (Runs && !splits_) {
+      return next_of_run(work);
+    }
+    Count index = turn_;
     if (splits_) {
       if (unit_ >= end_) {
         return false;
       }
-      index = unit_ / k_tiles_;
-      work.first_unit = uint32_t(index) * k_tiles_;
+      uint32_t const tile = unit_ / k_tiles_;
+      work.first_unit = tile * k_tiles_;
       work.k_begin = int(unit_ - work.first_unit);
       work.k_end = int(min(end_ - work.first_unit, k_tiles_));
       unit_ = work.first_unit + work.k_end;
+      index = tile;
     }
     turn_ += gridDim.x;
     if (!walker_.find(index, group_)) {
@@ -315,29 +367,58 @@ class PackedSchedule {
   __device__ uint32_t k_tiles() const { return k_tiles_; }
 
  private:
-  __device__ uint32_t run_start(uint32_t run) const { return run * units_ / runs_; }
+  using Count = cute::conditional_t<Runs, uint32_t, uint64_t>;
 
-  __device__ bool next_of_run(PackedWork& work, uint32_t piece) {
+  // Strips of the next piece where so many are left: halves of what is more than a tile, but less than
+  // two, because short pieces keep few bytes in flight.
+  __device__ static uint32_t piece_of(uint32_t strips) {
+    return strips <= kMostStrips ? strips
+                                 : (strips < 2 * kMostStrips ? (strips + 1) / 2 : kMostStrips);
+  }
+
+  // Units * run / CTAs, with many units one more here and there. But where there are few tiles of tokens,
+  // each gets equally many CTAs if that leaves less than one in 16 idle: a run that crosses from one
+  // group to the next comes in two pieces, which take longer than one of both their sizes.
+  __device__ uint32_t start_of_run(uint32_t run) const {
+    uint32_t const even = min(__umulhi(run * units_, per_cta_), units_);
+    if (ctas_per_tile_ == 0) {
+      return even;
+    }
+    // Small numbers: exact in float, with a half added where the quotient could be whole.
+    uint32_t const tile = uint32_t((float(run) + 0.5f) * per_ctas_of_tile_);
+    uint32_t const part = run - tile * ctas_per_tile_;
+    uint32_t const strip = uint32_t((float(part * strips_) + 0.5f) * per_ctas_of_tile_);
+    return min(tile * strips_ + strip, units_);
+  }
+
+  // Takes up the next group that has a part in the run; with none, strip_ stays strip_end_.
+  __device__ void next_group_of_run() {
+    while (strip_ == strip_end_ && unit_ < end_ && walker_.find(unit_, group_)) {
+      // A group's units are its strips times its tiles of tokens. A run may begin or end inside a
+      // strip's units: both neighbours round up.
+      uint32_t const tiles = group_.token_tiles;
+      uint32_t const first = unit_ - group_.offset;
+      uint32_t const last = min(end_ - first, tiles * strips_);
+      strip_ = group_.offset;
+      strip_end_ = last;
+      if (tiles > 1) {
+        strip_ = (strip_ + tiles - 1) / tiles;
+        strip_end_ = (strip_end_ + tiles - 1) / tiles;
+      }
+      unit_ = first + tiles * strips_;
+    }
+  }
+
+  __device__ bool next_of_run(PackedWork& work) {
     if (token_tile_ == 0) {
-      while (strip_ == strip_end_) {
-        if (unit_ >= end_ || !walker_.find(unit_, group_)) {
+      if (strip_ == strip_end_) {
+        next_group_of_run();
+        if (strip_ == strip_end_) {
           return false;
         }
-        // A group's units are its strips times its tiles of tokens. A run may begin or end inside a
-        // strip's units: both neighbours round up.
-        uint32_t const tiles = group_.token_tiles;
-        uint32_t const start = unit_ - group_.offset;
-        uint32_t const last = min(end_ - start, tiles * strips_);
-        strip_ = tiles == 1 ? group_.offset : (group_.offset + tiles - 1) / tiles;
-        strip_end_ = tiles == 1 ? last : (last + tiles - 1) / tiles;
-        unit_ = start + tiles * strips_;
       }
-      uint32_t const left = strip_end_ - strip_;
-      uint32_t const pieces = (left + piece - 1) / piece;
-      piece_end_ = strip_ + (pieces == 1 ? left : (left + pieces - 1) / pieces);
+      piece_end_ = strip_ + piece_of(strip_end_ - strip_);
     }
-    work.k_begin = 0;
-    work.k_end = int(k_tiles_);
     set_part(work, token_tile_, int(strip_) * kStrip, int(piece_end_) * kStrip);
     if (++token_tile_ == group_.token_tiles) {
       token_tile_ = 0;
@@ -354,19 +435,23 @@ class PackedSchedule {
     work.rows = min(group_.rows - row, TileTokens);
     work.feature = feature;
     work.feature_end = min(feature_end, params_.n);
+    work.reads_once = group_.token_tiles == 1;
   }
 
   sm12x_packed_params const& params_;
   uint32_t k_tiles_;
   bool splits_;
   uint32_t strips_;  // of one group
-  GroupWalker<TileTokens> walker_;
-  typename GroupWalker<TileTokens>::Group group_;
+  GroupWalker<TileTokens, Count> walker_;
+  typename GroupWalker<TileTokens, Count>::Group group_;
+  uint32_t per_cta_;            // 2^32 / CTAs, rounded up
+  uint32_t ctas_per_tile_ = 0;  // runs that keep to one tile of tokens: how many each has
+  float per_ctas_of_tile_ = 0.0f;
   uint32_t units_ = 0;
   uint32_t runs_ = 1;
   uint32_t unit_ = 0;  // of the run: the next one that is not yet in work
   uint32_t end_ = 0;
-  uint64_t turn_ = blockIdx.x;
+  Count turn_ = blockIdx.x;
   // Runs: the strips of the current group that are left, the piece in work, its next tile of tokens.
   uint32_t strip_ = 0;
   uint32_t strip_end_ = 0;

@@ -53,11 +53,13 @@ class StageRing {
     }
   }
 
-  /// By so many stages at once, at most MostStages * 2^16.
+  /// By so many stages at once.
   __device__ void advance(State& state, uint32_t count) const {
-    uint32_t const to = state.index + count;
-    state.phase ^= to / stages_ & 1;
-    state.index = to % stages_;
+    state.index += count;
+    while (state.index >= stages_) {
+      state.index -= stages_;
+      state.phase ^= 1;
+    }
   }
 
   //

@@ -21,7 +21,7 @@ CONTROL = "control"
 # drop, merge, hoist or fold all others: moves, conversions of addresses, predicates and branches, integer
 # arithmetic (into LEA, LOP3, IMAD and addressing), mul and add of floats (into FFMA), loads of parameters and
 # constants (into operands) and fences that need nothing. Waits run as often as it takes. In the shipped main
-# loops SASS has as many MMAs and LDSMs as the PTX (64 and 24 for 128x128x128), and 34 others for its 70.
+# loops SASS has as many MMAs and LDSMs as the PTX (64 and 24 for 128x128x128), and 33 others for its 70.
 _SURE = frozenset(
     {
         *("mma", "ldmatrix", "stmatrix", "movmatrix"),

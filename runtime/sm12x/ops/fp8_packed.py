@@ -1,0 +1,242 @@
+"""Launches of the family fp8_packed: one kernel, whose tensor maps lie over the caller's own arrays.
+
+Everything that a call changes is an address. They are written into prepared parameters, and into the tensor
+maps by the driver. Whole tiles need no workspace; split-K has its partials there, and counters of our own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from .. import abi, driver
+from ..counters import counters_of
+from ..launch_config import LaunchConfig, make_config
+from ..select import Choice
+from ..tensor_maps import BYTES, encode_array
+from . import launch
+from .operands import Operands
+
+_Params = abi.sm12x_packed_params
+_MAP_A, _MAP_B = _Params.map_a.offset, _Params.map_b.offset
+# a, d, bounds, row_index, a_scale, b_scale, bias, row_weight, partials, counters lie behind each other.
+_pack_addresses = struct.Struct("=10Q").pack_into
+_ADDRESSES_AT = _Params.a.offset
+_pack_values = struct.Struct("=2f").pack_into
+_VALUES_AT = _Params.a_scale_value.offset
+_BOUNDS = {False: "i", True: "q"}  # struct's letters
+
+
+class _Slot:
+    """What one call writes to. Two threads in the same plan have one each."""
+
+    __slots__ = (
+        "_keep",
+        "a",
+        "address_a",
+        "address_b",
+        "b",
+        "config",
+        "context",
+        "context_at",
+        "launch",
+        "memory",
+        "replace_a",
+        "replace_b",
+        "stream",
+    )
+
+    def __init__(self, made: PackedLaunch) -> None:
+        block = launch.Block(made.params)
+        self.memory = block.memory
+        self.config = LaunchConfig.from_buffer_copy(made.config)
+        self.stream = 0
+        self.context = ctypes.c_void_p()
+        self.context_at = ctypes.byref(self.context)
+        self.a = self.b = -1  # where the maps point; none are addresses
+        self.address_a, self.address_b = ctypes.c_void_p(), ctypes.c_void_p()
+        hot = made.device.driver.hot
+        replace = hot.cuTensorMapReplaceAddress
+        self.replace_a = partial(replace, ctypes.c_void_p(block.address + _MAP_A), self.address_a)
+        self.replace_b = partial(replace, ctypes.c_void_p(block.address + _MAP_B), self.address_b)
+        at = ctypes.c_void_p(ctypes.addressof(self.config))
+        function = ctypes.c_void_p(made.function)
+        self.launch: Callable[[], int] = partial(hot.cuLaunchKernelEx, at, function, block.arguments, None)
+        self._keep = block
+
+
+@dataclass(slots=True)
+class PackedLaunch:
+    """A packed or masked call on a kernel of this family, without its addresses.
+
+    `needed`: bytes of workspace, 0 for whole tiles. `gathers`: there is a row_index, and no map of a.
+    `by_value`: a scale comes by value. `bounds`: how SM12X_CHECK=1 reads them back: as what struct, the most
+    that one may be, and whether they are offsets.
+    """
+
+    device: driver.Device
+    key: str
+    function: int
+    config: LaunchConfig
+    params: bytes
+    needed: int
+    shapes: str
+    gathers: bool
+    by_value: bool
+    bounds: tuple[struct.Struct, int, bool]
+    get_context: Any
+    context: int
+    slots: list[_Slot]
+
+    def run(
+        self,
+        stream: int,
+        workspace: int,
+        a: int,
+        b: int,
+        d: int,
+        bounds: int,
+        row_index: int,
+        a_scale: int,
+        b_scale: int,
+        bias: int,
+        row_weight: int,
+        a_value: float,
+        b_value: float,
+    ) -> None:
+        """Launch a call on `stream`, given its addresses. `workspace` 0: where one is needed, it is allocated
+        and freed in stream order.
+
+        Raises CudaError, and with SM12X_CHECK ValueError for bad offsets or counts.
+        """
+        partials = counters = 0
+        if self.needed:
+            if not workspace:
+                with driver.current(self.device), driver.temporary(self.device, self.needed, stream) as base:
+                    self.run(
+                        *(stream, base, a, b, d, bounds, row_index),
+                        *(a_scale, b_scale, bias, row_weight, a_value, b_value),
+                    )
+                return
+            partials = workspace
+            counters = self.device.counters.get(workspace) or counters_of(self.device, workspace)
+        try:
+            slot = self.slots.pop()
+        except IndexError:
+            slot = _Slot(self)
+        _pack_addresses(
+            slot.memory,
+            _ADDRESSES_AT,
+            *(a, d, bounds, row_index, a_scale, b_scale, bias, row_weight, partials, counters),
+        )
+        if self.by_value:
+            _pack_values(slot.memory, _VALUES_AT, a_value, b_value)
+        if slot.stream != stream:
+            slot.stream = slot.config.stream = stream
+        if self.get_context(slot.context_at) or slot.context.value != self.context or launch.CHECK:
+            with driver.current(self.device):
+                if launch.CHECK:
+                    self._check_bounds(bounds, stream)
+                self._enqueue(slot, a, b)
+        else:
+            self._enqueue(slot, a, b)
+        self.slots.append(slot)
+
+    def _enqueue(self, slot: _Slot, a: int, b: int) -> None:
+        if a != slot.a and not self.gathers:
+            slot.address_a.value = a
+            status = slot.replace_a()
+            if status:
+                raise self._error("cuTensorMapReplaceAddress", status)
+            slot.a = a
+        if b != slot.b:
+            slot.address_b.value = b
+            status = slot.replace_b()
+            if status:
+                raise self._error("cuTensorMapReplaceAddress", status)
+            slot.b = b
+        status = slot.launch()
+        if status:
+            raise self._error("cuLaunchKernelEx", status)
+
+    def _error(self, call: str, status: int) -> Exception:
+        return self.device.driver.error(call, status, variant=self.key, shapes=self.shapes)
+
+    def _check_bounds(self, address: int, stream: int) -> None:
+        layout, most, are_offsets = self.bounds
+        launch.refuse_capture(self.device, stream)
+        values = layout.unpack(driver.read_bytes(self.device, address, layout.size, stream))
+        outside = any(not 0 <= value <= most for value in values)
+        if not are_offsets:
+            if outside:
+                raise ValueError(
+                    f"rows: expected values from 0 to max_m = {most}, got {min(values)} to {max(values)} "
+                    f"({self.shapes}); out was not written"
+                )
+            return
+        faults = [launch.DECREASE] if any(x > y for x, y in pairwise(values)) else []
+        if outside:
+            faults.append(launch.OUT_OF_RANGE)
+        if faults:
+            raise launch.bad_offsets(faults, self.shapes)
+
+
+def make_launch(operands: Operands, choice: Choice, a: int, b: int) -> PackedLaunch:
+    """The launch of a packed or masked call, its tensor maps encoded at addresses of a and b.
+
+    Raises CubinError and CudaError.
+    """
+    problem, device, variant = operands.problem, operands.device, choice.variant
+    masked, gathers = problem.kind == "masked", operands.wide_row_index is not None
+    splits = choice.least_units > 0
+    ctas = launch.grid_size(problem, choice, device)
+    params = _Params(
+        rows=operands.rows,
+        a_rows=operands.a_rows,
+        stride_a=operands.a.stride,
+        stride_d=operands.d.stride,
+        stride_d_group=operands.d_group,
+        stride_b_scale=operands.b_scale_stride,
+        stride_bias=operands.bias_stride,
+        n=problem.n,
+        k=problem.k,
+        num_groups=problem.groups,
+        row_layout=operands.row_layout,
+        bounds_are_64_bit=int(operands.wide_bounds),
+        row_index_is_64_bit=int(bool(operands.wide_row_index)),
+        a_scale_mode=operands.a_scale_mode,
+        b_scale_mode=operands.b_scale_mode,
+        bias_type=0 if operands.bias is None else abi.BIAS_TYPES[operands.bias],
+        out_type=abi.OUT_TYPES[problem.out],
+        least_units=choice.least_units,
+    )
+    content = bytearray(params)
+    k, n, groups = problem.k, problem.n, problem.groups
+    if not gathers:
+        shape = (k, operands.a_rows, groups if masked else 1)
+        strides = (operands.a.stride, operands.a_group if masked else operands.a.stride)
+        content[_MAP_A : _MAP_A + BYTES] = encode_array(device, variant, "a", a, shape, strides)
+    strides = (operands.b.stride, operands.b_group)
+    content[_MAP_B : _MAP_B + BYTES] = encode_array(device, variant, "b", b, (k, n, groups), strides)
+    bounds = struct.Struct(f"={groups + (not masked)}{_BOUNDS[operands.wide_bounds]}")
+    grid = (ctas, 1, 1) if variant.grid_axis == "x" else (1, ctas, 1)
+    return PackedLaunch(
+        device=device,
+        key=variant.key,
+        function=driver.get_function(device, variant),
+        config=make_config(grid, variant.threads, variant.shared_memory, programmatic=variant.pdl),
+        params=bytes(content),
+        needed=launch.scratch_bytes(variant, ctas) if splits else 0,
+        shapes=operands.shapes,
+        gathers=gathers,
+        by_value=abi.SM12X_SCALE_VALUE in (operands.a_scale_mode, operands.b_scale_mode),
+        bounds=(bounds, operands.rows, not masked),
+        get_context=device.driver.hot.cuCtxGetCurrent,
+        context=device.context,
+        slots=[],
+    )

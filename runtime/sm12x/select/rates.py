@@ -1,0 +1,166 @@
+"""The numbers of the model, each with where it comes from.
+
+"Measured" and "fitted" are from a file of tests/benchmarks/results; fitted numbers are what fit_select.py
+makes of it. "DESIGN 2" is that section's facts and table of devices. "Assumed" is what nobody measured. None
+of it was measured on SM12x by us.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """An architecture. Clocks are those of one SM.
+
+    clock        GHz
+    sm           bytes a clock that one SM pulls at most, however idle the others are
+    l2           bytes a clock that each SM gets from L2 when all do
+    mma          FP8 multiply-adds a clock
+    operand      clocks for each byte of weights before it can be multiplied (the twin converts to FP16)
+    k_tile       clocks of the MMA warps for each k-tile besides (barriers, ldmatrix)
+    value        clocks of the epilogue for each value of a tile
+    gathered     clocks for each 16 bytes that the gathering warp copies
+    launch       microseconds of one launch in a CUDA graph, ramp included
+    next_launch  microseconds of another one in the same call
+    lookup       microseconds to read the row index before the first rows
+    fix_up       microseconds in which a CTA hands its part of a tile in and the last one finds the others'
+    overlap      part of the shorter concurrent terms that does not hide behind the longest one
+    """
+
+    clock: float
+    sm: float
+    l2: float
+    mma: float
+    operand: float
+    k_tile: float
+    value: float
+    gathered: float
+    launch: float
+    next_launch: float
+    lookup: float
+    fix_up: float
+    overlap: float
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What the kernels of a family can do, and what their way of working costs.
+
+    kinds         of problems
+    gathers       takes a row index
+    weights_rows  takes row weights
+    splits        can split K
+    runs          its swapped kernels take runs of feature strips, all others tiles in turns
+    skips_k       does not compute the part of a k-tile that lies past K
+    prepared      groups of a list call that one launch of its preparation kernel takes (a packed call needs
+                  one launch); 0 where it needs none
+    start         microseconds from the kernel's beginning to its first load and from its last load to its end
+    setup         microseconds for which each expert that a CTA turns to keeps its loads waiting
+    tile          microseconds of the MMA warps for each tile besides its values
+    """
+
+    kinds: tuple[str, ...]
+    gathers: bool
+    weights_rows: bool
+    splits: bool
+    runs: bool
+    skips_k: bool
+    prepared: int
+    start: float
+    setup: float
+    tile: float
+
+
+FAMILIES = {
+    "fp8_ptr_array": Family(
+        kinds=("packed", "list"),
+        gathers=False,
+        weights_rows=False,
+        splits=False,
+        runs=False,
+        skips_k=False,
+        prepared=340,  # SM12X_LIST_CAPACITY of abi.h
+        # Fitted, 2026-11-22_grouped_gemm_h200.json.
+        start=2.4,
+        setup=1.1,  # tensor maps rewritten, fenced and fetched anew
+        tile=0.35,
+    ),
+    "fp8_packed": Family(
+        kinds=("packed", "masked"),
+        gathers=True,
+        weights_rows=True,
+        splits=True,
+        runs=True,
+        skips_k=True,
+        prepared=0,
+        start=1.5,  # assumed: bounds and the first rows, two trips to DRAM
+        setup=0.05,  # assumed: a few shuffles
+        tile=0.35,  # assumed: as ptr_array
+    ),
+}
+
+RATES = {
+    # "Fitted" and "measured": 2026-11-22_grouped_gemm_h200.json, ptr_array only, so what only packed kernels
+    # do is assumed.
+    "sm_90a": Rates(
+        clock=1.92,  # DESIGN 2: 512 bytes in 29.5 clocks for each of 132 SMs at 4400 GB/s
+        sm=45.0,  # assumed, 2.6 times the fair share: 35 fitted, 51 from readers on few SMs
+        l2=32.0,  # fitted
+        mma=1100.0,  # fitted; with `operand` DESIGN 2's clocks for 32 and 64 tokens
+        operand=0.015,  # fitted
+        k_tile=57.0,  # fitted, all k-tiles of 128
+        value=0.3,  # fitted
+        gathered=2.0,  # assumed: one warp's copies of 512 bytes in 64 clocks
+        launch=2.5,  # measured: the read floor of no bytes at all, 2.3 to 2.7
+        next_launch=2.5,  # assumed: as the first
+        lookup=0.7,  # assumed: a trip to DRAM
+        fix_up=2.0,  # assumed: a fence and two trips to L2
+        overlap=0.09,  # fitted
+    ),
+    # Nothing of it measured: what the SM's data sheet does not say is the twin's.
+    "sm_120a": Rates(
+        clock=2.4,  # boost clocks of the data sheets, 2.4 to 2.6
+        sm=40.0,  # assumed: about the twin's
+        l2=20.0,  # assumed
+        mma=1024.0,  # DESIGN 2: 2048 FLOP a clock with unit scales
+        operand=0.0,  # nothing is converted
+        k_tile=57.0,
+        value=0.3,
+        gathered=2.0,
+        launch=2.5,
+        next_launch=2.5,
+        lookup=0.7,
+        fix_up=2.0,
+        overlap=0.09,
+    ),
+}
+RATES["sm_121a"] = RATES["sm_120a"]  # the same SM; what differs is DRAM, below
+
+# GB/s that a read-only kernel gets from DRAM, by SM count: all that the model knows of a part.
+DRAM = {
+    "sm_90a": {132: 4350.0},  # H200, measured 4241 to 4500; an H100 has as many SMs and less bandwidth
+    "sm_120a": {  # DESIGN 2, 0.94 of the data sheet as on the H200: assumed
+        36: 0.94 * 448.0,  # RTX 5060 Ti
+        170: 0.94 * 1792.0,  # RTX 5090
+        188: 0.94 * 1792.0,  # RTX PRO 6000
+    },
+    "sm_121a": {48: 232.0},  # GB10, DESIGN 2: 231 to 234 measured by others
+}
+
+
+def dram(arch: str, sms: int) -> float:
+    """GB/s of the part of `arch` that has `sms` SMs. For a count that is not in the table: on the line
+    between its neighbours, and beyond them the nearest part's bandwidth for each SM. That is assumed.
+
+    Raises KeyError for an architecture without rates.
+    """
+    known = sorted(DRAM[arch].items())
+    if sms <= known[0][0]:
+        return known[0][1] * sms / known[0][0]
+    for (below, low), (above, high) in pairwise(known):
+        if sms <= above:
+            return low + (high - low) * (sms - below) / (above - below)
+    return known[-1][1] * sms / known[-1][0]

@@ -1,0 +1,54 @@
+"""The GEMM variants of the family fp8_packed as a manifest would hold them, without their cubins."""
+
+from __future__ import annotations
+
+from sm12x.manifest import Target, Variant
+
+E4M3 = "float8_e4m3fn"
+ARCHES = ("sm_120a", "sm_121a", "sm_90a")
+# (tile on the kernel's own sides, schedule, swap_ab, token_step)
+PACKED = [
+    ((128, 8, 128), "cooperative", True, 0),
+    ((128, 16, 128), "cooperative", True, 0),
+    ((128, 32, 128), "cooperative", True, 0),
+    ((128, 64, 128), "cooperative", True, 16),
+    ((64, 8, 128), "cooperative", True, 0),
+    ((64, 16, 128), "cooperative", True, 0),
+    ((128, 8, 64), "cooperative", True, 0),
+    ((128, 16, 64), "cooperative", True, 0),
+    ((64, 128, 128), "pingpong", False, 0),
+    ((128, 128, 128), "cooperative", False, 0),
+]
+
+
+def packed_variants(arches: tuple[str, ...] = ARCHES) -> list[Variant]:
+    """One Variant for each entry of PACKED."""
+    variants = []
+    for tile, schedule, swap_ab, step in PACKED:
+        end = "swap" if swap_ab else {"cooperative": "coop", "pingpong": "pingpong"}[schedule]
+        key = f"fp8_packed_{'x'.join(map(str, tile))}_{end}"
+        variants.append(
+            Variant(
+                key=key,
+                family="fp8_packed",
+                role="gemm",
+                params="sm12x_packed_params",
+                symbol=f"sm12x_{key}",
+                threads=320 if schedule == "pingpong" else 192,
+                shared_memory=100352,
+                targets={arch: Target({}, {}) for arch in arches},
+                workspace_per_cta=2 * 4 * tile[0] * tile[1],
+                tile=tile,
+                schedule=schedule,
+                swap_ab=swap_ab,
+                a=E4M3,
+                b=E4M3,
+                outs=("bfloat16", "float16", "float32"),
+                mma="unit_scale",
+                pdl=True,
+                stages=4,
+                token_step=step,
+                mma_warps=8 if schedule == "pingpong" else 4,
+            )
+        )
+    return variants
