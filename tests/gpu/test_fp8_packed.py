@@ -15,7 +15,7 @@ from packed_case import run_case  # noqa: E402
 from packed_problem import PackedProblem, error_ratio, make_epilogue, make_problem  # noqa: E402
 from problem_strata import LAYOUTS, OUTS  # noqa: E402
 from seeding import SEED  # noqa: E402
-from torch_reference import Verdicts  # noqa: E402
+from torch_reference import E4M3_NAN, Verdicts  # noqa: E402
 from variants import FORCED, Forced, name  # noqa: E402
 
 import sm12x  # noqa: E402
@@ -180,9 +180,13 @@ def test_no_rows_and_no_groups(seed: int) -> None:
     verdicts.check(seed)
 
 
+# Tiles of few rows would be more than a kernel counts.
+LARGE = [None, *(each.argument for each in FORCED if each.tile >= 64)]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "gather"])
-@pytest.mark.parametrize("each", FORCED[:1] + FORCED[-1:], ids=name)
-def test_more_than_two_to_the_31_elements(each: Forced, layout: str, seed: int) -> None:
+@pytest.mark.parametrize("variant", LARGE)
+def test_more_than_two_to_the_31_elements(variant: str | None, layout: str, seed: int) -> None:
     """Row offsets past 2^31 elements of a and of out; the last rows of the last group are checked. `a` of the
     gathered call has them first, so that both kinds of number are large."""
     n, k, groups = 1040, 1040, 3
@@ -210,7 +214,7 @@ def test_more_than_two_to_the_31_elements(each: Forced, layout: str, seed: int) 
         a_scale=2.0**-8,
         b_scale=2.0**-8,
         out=out,
-        variant=each.argument,
+        variant=variant,
         **arguments,
     )
     problem = make_problem(tail, n, k, seed, operands=(rows.contiguous(), b))
@@ -222,3 +226,40 @@ def test_more_than_two_to_the_31_elements(each: Forced, layout: str, seed: int) 
     verdicts.add("last rows", error_ratio(out[first:], epilogue, problem, "bfloat16"))
     verdicts.check(seed)
     assert not out[:first].isnan().any(), "rows before them were not written"
+
+
+@pytest.mark.parametrize("variant", LARGE)
+def test_masked_groups_past_two_to_the_31_elements(variant: str | None, seed: int) -> None:
+    """The last group begins more than 2^31 elements into a and into out; rows past its count stay as they
+    are.
+    """
+    n, k, groups, most = 1040, 1040, 16, 140_000
+    free, _ = torch.cuda.mem_get_info()
+    if free < 16 * 2**30:
+        pytest.skip(f"needs 16 GiB of free device memory, {free / 2**30:.1f} GiB are free")
+    rows = np.zeros(groups, dtype=np.int64)
+    rows[0], rows[-1] = 70, 301
+    bits = torch.randint(0, 120, (371, k), device="cuda", dtype=torch.uint8)
+    weights = torch.randint(0, 120, (groups, n, k), device="cuda", dtype=torch.uint8)
+    problem = make_problem(rows, n, k, seed, operands=(bits, weights))
+    a = torch.full((groups, most, k), E4M3_NAN, dtype=torch.uint8, device="cuda")
+    a[0, :70], a[-1, :301] = bits[:70], bits[70:]
+    out = torch.full((groups, most, n), torch.inf, dtype=torch.bfloat16, device="cuda")
+    sm12x.grouped_gemm(
+        a.view(torch.float8_e4m3fn),
+        problem.b,
+        a_scale=2.0**-8,
+        b_scale=2.0**-8,
+        rows=torch.as_tensor(rows, device="cuda"),
+        out=out,
+        variant=variant,
+    )
+    operands = problem.operands("contiguous")
+    rng = np.random.default_rng(seed)
+    scales = Scales(2.0**-8, 2.0**-8)
+    epilogue = make_epilogue(problem, operands, ("value", "value"), 0, rng, scales=scales)
+    verdicts = Verdicts()
+    values = torch.cat([out[0, :70], out[-1, :301]])
+    verdicts.add("first and last group", error_ratio(values, epilogue, problem, "bfloat16"))
+    verdicts.check(seed)
+    assert int((out != torch.inf).sum()) == 371 * n, "rows past the counts were written"
