@@ -224,5 +224,5 @@ def describe(report: Report) -> list[str]:
             f"- Triton / {mean.contender}, geometric mean over {mean.rows} rows of the {mean.name}: "
             f"{mean.value:.3f}; {gate}; {goal}"
         )
-    lines.append(f"the gates {'hold' if report.held else 'do NOT hold'}")
-    return lines
+    word = "hold" if report.held else "do NOT hold" if gated else "were not reached: no row was gated"
+    return [*lines, f"the gates {word}"]

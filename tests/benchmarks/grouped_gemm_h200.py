@@ -310,8 +310,8 @@ def main() -> int:
     result["gates"] = {"held": report.held, "mma_rate": report.mma_rate, "report": gates.describe(report)}
     path = write(result, report, options)
     print("\n".join(["", *gates.describe(report)]))
-    word = "hold" if report.held else "do NOT hold"
-    print(f"{path.name}: {len(result['rows'])} rows in {result['seconds']} s, the gates {word}")
+    verdict = gates.describe(report)[-1]
+    print(f"{path.name}: {len(result['rows'])} rows in {result['seconds']} s, {verdict}")
     return 0 if report.held and not result["not_run"] and not result["failed"] else 1
 
 

@@ -239,8 +239,9 @@ def test_masked_groups_past_two_to_the_31_elements(variant: str | None, seed: in
         pytest.skip(f"needs 16 GiB of free device memory, {free / 2**30:.1f} GiB are free")
     rows = np.zeros(groups, dtype=np.int64)
     rows[0], rows[-1] = 70, 301
-    bits = torch.randint(0, 120, (371, k), device="cuda", dtype=torch.uint8)
-    weights = torch.randint(0, 120, (groups, n, k), device="cuda", dtype=torch.uint8)
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    bits = torch.randint(0, 120, (371, k), generator=generator, device="cuda", dtype=torch.uint8)
+    weights = torch.randint(0, 120, (groups, n, k), generator=generator, device="cuda", dtype=torch.uint8)
     problem = make_problem(rows, n, k, seed, operands=(bits, weights))
     a = torch.full((groups, most, k), E4M3_NAN, dtype=torch.uint8, device="cuda")
     a[0, :70], a[-1, :301] = bits[:70], bits[70:]

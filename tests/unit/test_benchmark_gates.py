@@ -94,7 +94,9 @@ def test_a_gated_row_without_a_floor_or_a_peer_fails(draw: random.Random) -> Non
 
 def test_a_run_without_gated_rows_does_not_hold(draw: random.Random) -> None:
     assert not judged().held
-    assert not judged(make_row(draw, tokens=512)).held
+    report = judged(make_row(draw, tokens=512))
+    assert not report.held
+    assert gates.describe(report)[-1].endswith("no row was gated")
 
 
 def test_rows_that_the_twin_cannot_multiply_fast_enough_are_reported_only(draw: random.Random) -> None:
