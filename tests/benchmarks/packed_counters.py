@@ -108,7 +108,7 @@ def count(variant: Variant) -> Counted:
         found = emulate(variant, call.rows, call.n, call.k, 2)
         seen.append(found)
         useful[rows] = call.multiply_adds / found.multiply_adds
-        agrees &= found.multiply_adds == multiply_adds(variant, call)
+        agrees &= found.multiply_adds == multiply_adds(variant, call, 2)
     operands = (token + feature) * 5 * depth
     return Counted(
         main_loop_conflicts=sum(each.main_loop_conflicts for each in seen),
@@ -148,7 +148,7 @@ def floors(variant: Variant, issue: Issue, calls: list[Call], gpu: Gpu) -> dict[
     return {
         "variant": variant.key,
         **{name: round(value, 3) for name, value in terms.items()},
-        "asked_of_l2": float(np.mean([tma_load_bytes(variant, call) for call in calls])),
+        "asked_of_l2": float(np.mean([tma_load_bytes(variant, call, gpu.sm_count) for call in calls])),
         "plain_floor_us": round(float(np.mean(plain)), 3),
         "binds": max(set(binds), key=binds.count),
     }
