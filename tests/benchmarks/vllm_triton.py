@@ -1,7 +1,8 @@
 """The peer: vLLM's tuned Triton MoE kernel, taken out of its wheel into `.peer/triton_moe.py` (never
 committed).
 
-The configurations are those that won some row of an exhaustive sweep on an H200, by tokens of the batch.
+The configurations are those that won some row of an exhaustive sweep on an H200, or of our own runs since, by
+tokens of the batch.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ class Config:
     stages: int
     swap_ab: bool = False
     naive: bool = False
+    warps: int = 4
 
     def __str__(self) -> str:
-        words = " swap-AB" * self.swap_ab + " naive" * self.naive
+        words = " swap-AB" * self.swap_ab + " naive" * self.naive + " 8 warps" * (self.warps == 8)
         return f"{self.m}x{self.n}x{self.k} stages {self.stages}{words}"
 
 
 _NARROW = Config(16, 128, 128, 4, swap_ab=True)
+_NARROW_3 = Config(16, 128, 128, 3, swap_ab=True)
+_WIDE = Config(64, 128, 128, 3)
+_LARGE = (Config(128, 256, 128, 3, warps=8), Config(128, 256, 128, 4, warps=8))
+# Winners of some row with so many tokens.
 CONFIGS = {
     1: (
         _NARROW,
@@ -48,24 +54,24 @@ CONFIGS = {
     8: (
         _NARROW,
         Config(16, 128, 128, 3),
-        Config(16, 128, 128, 3, swap_ab=True),
+        _NARROW_3,
         Config(16, 128, 256, 3, swap_ab=True),
         Config(32, 128, 128, 4, swap_ab=True),
     ),
-    32: (_NARROW, Config(16, 128, 128, 3, swap_ab=True), Config(16, 128, 256, 3, swap_ab=True)),
-    128: (
-        _NARROW,
-        Config(16, 128, 128, 3, swap_ab=True),
-        Config(32, 128, 128, 3, swap_ab=True),
-        Config(64, 128, 128, 3),
-    ),
+    32: (_NARROW, _NARROW_3, Config(16, 128, 256, 3, swap_ab=True)),
+    128: (_NARROW, _NARROW_3, Config(32, 128, 128, 3, swap_ab=True), _WIDE),
+    512: (_WIDE, *_LARGE),
+    2048: _LARGE,
 }
 
 
 def configs(tokens: int, rows: int, experts: int) -> list[Config]:
-    """Candidates for a batch; those without sorting only where vLLM itself uses them."""
-    nearest = min(CONFIGS, key=lambda known: abs(known - tokens))
-    return [config for config in CONFIGS[nearest] if not config.naive or rows * 4 <= experts]
+    """Candidates for a batch: the winners of the nearest numbers of tokens that were swept, below and above.
+    Those without sorting only where vLLM itself uses them."""
+    below = max((known for known in CONFIGS if known <= tokens), default=min(CONFIGS))
+    above = min((known for known in CONFIGS if known >= tokens), default=max(CONFIGS))
+    found = dict.fromkeys((*CONFIGS[below], *CONFIGS[above]))
+    return [config for config in found if not config.naive or rows * 4 <= experts]
 
 
 def load_kernel(folder: Path) -> Any | None:
@@ -168,7 +174,7 @@ def make_call(
         "HAS_BIAS": False,
         "SWAP_AB": config.swap_ab,
         "USE_TD": False,
-        "num_warps": 4,
+        "num_warps": config.warps,
         "num_stages": config.stages,
     }
 

@@ -71,6 +71,14 @@ def test_mmas_are_those_that_the_tiles_need(key):
 
 
 @pytest.mark.parametrize("key", GEMMS)
+def test_one_cta_computes_no_features_twice(key):
+    """It has no run to share: as many MMAs as the features, k-blocks and steps of tokens need."""
+    variant, call = manifest.default().variants[key], Call((21, 0, 70), 152, 400)
+    found = counted(key, call.rows, call.n, call.k, 1).multiply_adds
+    assert found == kernel_work.multiply_adds(variant, call, 1, split=True)
+
+
+@pytest.mark.parametrize("key", GEMMS)
 def test_the_problems_bytes_are_touched_and_no_others(key):
     """Rows of other groups are read with a tile's last rows, but they are the problem's too."""
     call = Call((21, 0, 70), 152, 400)

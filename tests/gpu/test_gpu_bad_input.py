@@ -11,10 +11,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="the GPU tests make their references with torch")
 
 from packed_call import PackedCall, make_call  # noqa: E402
+from variants import VARIANTS  # noqa: E402
 
 import sm12x  # noqa: E402
 
 Change = Callable[[PackedCall], dict[str, Any]]
+PTR_ARRAY = next((v.key for v in VARIANTS if "bfloat16" in v.outs), "")
 
 
 def shifted(tensor: torch.Tensor, bytes_: int) -> torch.Tensor:
@@ -72,15 +74,37 @@ BAD: dict[str, tuple[str, Change]] = {
     ),
     "out_is_a": ("out", lambda c: {"out": overlapping(c.problem.a, c)}),
     "out_is_b": ("out", lambda c: {"out": overlapping(c.problem.b, c)}),
-    "workspace_too_small": (
+    "workspace_too_small": (  # of a kernel that needs one, which whole tiles of fp8_packed do not
         "workspace",
-        lambda c: {"workspace": torch.empty(128, dtype=torch.uint8, device="cuda")},
+        lambda c: {"workspace": torch.empty(128, dtype=torch.uint8, device="cuda"), "variant": PTR_ARRAY},
     ),
     "workspace_on_the_host": ("workspace", lambda c: {"workspace": torch.empty(1 << 24, dtype=torch.uint8)}),
     "variant_unknown": ("variant", lambda c: {"variant": "fp8_ptr_array_1x1x1_bf16"}),
     "variant_of_another_out_type": ("variant", lambda c: {"variant": "fp8_ptr_array_128x128x128_coop_fp16"}),
     "dtype_unknown": ("dtype", lambda c: {"dtype": "float8_e3m4"}),
+    "row_index_on_the_host": ("row_index", lambda c: {"row_index": index_of(c).cpu()}),
+    "row_index_float": ("row_index", lambda c: {"row_index": index_of(c).float()}),
+    "row_index_2d": ("row_index", lambda c: {"row_index": index_of(c)[:, None]}),
+    "row_index_with_rows": (
+        "row_index|offsets",
+        lambda c: {"row_index": index_of(c), "rows": torch.ones(12, dtype=torch.int32, device="cuda")},
+    ),
+    "rows_with_offsets": (
+        "offsets|rows",
+        lambda c: {"rows": torch.ones(12, dtype=torch.int32, device="cuda"), "a": c.problem.a[None]},
+    ),
+    "row_weight_shape": ("row_weight", lambda c: {"row_weight": c.a_scale[:-1]}),
+    "row_weight_bfloat16": ("row_weight", lambda c: {"row_weight": c.a_scale.to(torch.bfloat16)}),
+    "row_index_on_a_kernel_without": (
+        "variant",
+        lambda c: {"row_index": index_of(c), "variant": PTR_ARRAY},
+    ),
+    "split_of_a_kernel_that_cannot": ("variant", lambda c: {"variant": f"{PTR_ARRAY}:split"}),
 }
+
+
+def index_of(call: PackedCall) -> torch.Tensor:
+    return torch.arange(call.problem.total_rows, dtype=torch.int32, device="cuda")
 
 
 def overlapping(operand: torch.Tensor, call: PackedCall) -> torch.Tensor:

@@ -4,6 +4,8 @@ device).
 
 from __future__ import annotations
 
+from forced import Forced, forced
+
 from sm12x.manifest import Variant
 from sm12x.validation.variants import gemm_variants
 
@@ -21,6 +23,7 @@ def _arch() -> str:
 
 
 VARIANTS: list[Variant] = gemm_variants(_arch())
+FORCED: list[Forced] = forced(_arch())
 
 
 def key(variant: Variant) -> str:
@@ -28,4 +31,9 @@ def key(variant: Variant) -> str:
     return variant.key
 
 
-__all__ = ["VARIANTS", "Variant", "key"]
+def name(each: Forced) -> str:
+    """Test id of a forced variant."""
+    return each.argument
+
+
+__all__ = ["FORCED", "VARIANTS", "Forced", "Variant", "key", "name"]

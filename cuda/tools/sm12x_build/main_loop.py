@@ -140,8 +140,8 @@ def table(rows: Sequence[tuple[Entry, tuple[Mix, dict[str, Any]]]], tools: Mappi
 
 
 def shipped_loops(variant: Mapping[str, Any], kernel: Kernel) -> list[ShippedLoop]:
-    """The main loops of a shipped GEMM kernel for SM12x with its manifest entry ``variant``: full tiles
-    first, then most k-tiles at a time.
+    """The main loops of a shipped GEMM kernel for SM12x with its manifest entry ``variant``, whose
+    ``mma_warps`` share a tile: full tiles first, then most k-tiles at a time.
 
     Every MMA warp releases each k-tile's stage once, which tells how many k-tiles an iteration takes. Raises
     BuildError where there is no loop for the whole tile, or one that does not fit it.

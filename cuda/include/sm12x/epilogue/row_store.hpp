@@ -14,7 +14,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <sm12x/abi.h>
+#include <sm12x/abi_packed.h>
 #include <sm12x/arch/copy.hpp>
 #include <sm12x/kernel/packed_scheduler.hpp>
 

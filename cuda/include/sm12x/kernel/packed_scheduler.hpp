@@ -24,7 +24,7 @@
 #include <cstdint>
 
 #include <cute/util/type_traits.hpp>
-#include <sm12x/abi.h>
+#include <sm12x/abi_packed.h>
 
 namespace sm12x::kernel {
 
