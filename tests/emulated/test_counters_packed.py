@@ -18,6 +18,7 @@ from sm12x.emulator.ptx import parse
 
 MMA = "m16n8k32.mxf8f6f4.e4m3.e4m3"
 MACS = 16 * 8 * 32
+UNEVEN = Call((21, 0, 70), 152, 656)  # tails on all sides, an empty group; K longer than a large tile's ring
 GEMMS = sorted(variant.key for variant in manifest.default().gemms(kernel_work.PACKED))
 
 
@@ -36,8 +37,8 @@ def counted(key, rows, n, k, ctas, *, least_units=0, seed=0):
 
 @lru_cache(maxsize=64)
 def uneven(key, least_units):
-    """Counters of uneven groups, with tails on all sides and an empty group between."""
-    return counted(key, (21, 0, 70), 152, 400, 3, least_units=least_units, seed=5)
+    """Counters of uneven groups."""
+    return counted(key, UNEVEN.rows, UNEVEN.n, UNEVEN.k, 3, least_units=least_units, seed=5)
 
 
 @pytest.mark.parametrize("key", GEMMS)
@@ -64,7 +65,7 @@ def test_no_access_to_shared_memory_has_a_bank_conflict(key):
 def test_mmas_are_those_that_the_tiles_need(key):
     variant = manifest.default().variants[key]
     for least_units in (0, 1):
-        expected = kernel_work.multiply_adds(variant, Call((21, 0, 70), 152, 400), 3, split=least_units > 0)
+        expected = kernel_work.multiply_adds(variant, UNEVEN, 3, split=least_units > 0)
         counters = uneven(key, least_units)
         assert counters.mma == {MMA: {"issued": expected // MACS, "multiply_adds": expected}}
         assert counters.work.multiply_adds == {"block_scaled": expected}
@@ -73,16 +74,16 @@ def test_mmas_are_those_that_the_tiles_need(key):
 @pytest.mark.parametrize("key", GEMMS)
 def test_one_cta_computes_no_features_twice(key):
     """It has no run to share: as many MMAs as the features, k-blocks and steps of tokens need."""
-    variant, call = manifest.default().variants[key], Call((21, 0, 70), 152, 400)
-    found = counted(key, call.rows, call.n, call.k, 1).multiply_adds
-    assert found == kernel_work.multiply_adds(variant, call, 1, split=True)
+    variant = manifest.default().variants[key]
+    found = counted(key, UNEVEN.rows, UNEVEN.n, UNEVEN.k, 1).multiply_adds
+    assert found == kernel_work.multiply_adds(variant, UNEVEN, 1, split=True)
 
 
 @pytest.mark.parametrize("key", GEMMS)
 def test_the_problems_bytes_are_touched_and_no_others(key):
     """Rows of other groups are read with a tile's last rows, but they are the problem's too."""
-    call = Call((21, 0, 70), 152, 400)
-    assert uneven(key, 0).unique_bytes == {"loaded": call.least_loaded, "stored": call.least_stored}
+    least = {"loaded": UNEVEN.least_loaded, "stored": UNEVEN.least_stored}
+    assert uneven(key, 0).unique_bytes == least
 
 
 @pytest.mark.parametrize("key", GEMMS)
