@@ -1,4 +1,6 @@
-"""The manifest's ABI part: names out of sm12x/abi.h and abi_packed.h, sizes and offsets from the host compiler."""
+"""The manifest's ABI part: names out of sm12x/abi.h and abi_packed.h, sizes and offsets from the host
+compiler.
+"""
 
 from __future__ import annotations
 
