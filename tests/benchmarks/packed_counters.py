@@ -99,9 +99,10 @@ def emulate(variant: Variant, rows: tuple[int, ...], n: int, k: int, ctas: int) 
 def count(variant: Variant) -> Counted:
     """Emulate small calls on a variant."""
     token, feature, depth = variant.token_tile, variant.feature_tile, variant.tile[2]
-    one = emulate(variant, (token,), feature, 2 * depth, 1)
-    deeper = emulate(variant, (token,), feature, 5 * depth, 1)
-    wider = emulate(variant, (token,), 2 * feature, 2 * depth, 1)
+    each = (token, token)  # of two CTAs
+    one = emulate(variant, each, feature, 2 * depth, 2)
+    deeper = emulate(variant, each, feature, 5 * depth, 2)
+    wider = emulate(variant, each, 2 * feature, 2 * depth, 2)
     seen = [one, deeper, wider]
     useful, agrees = {}, True
     for rows in ROWS:
@@ -111,15 +112,15 @@ def count(variant: Variant) -> Counted:
         useful[rows] = call.multiply_adds / found.multiply_adds
         least, most = multiply_adds(variant, call), most_multiply_adds(variant, call, 2)
         agrees &= least <= found.multiply_adds <= most
-    operands = (token + feature) * 5 * depth
+    operands = 2 * (token + feature) * 5 * depth
     return Counted(
-        main_loop_conflicts=sum(each.main_loop_conflicts for each in seen),
-        conflicts=sum(access.conflicts for each in seen for access in each.shared_memory.values()),
+        main_loop_conflicts=sum(found.main_loop_conflicts for found in seen),
+        conflicts=sum(access.conflicts for found in seen for access in found.shared_memory.values()),
         tma_over_least=deeper.copies["tma_load"].global_bytes / operands,
         wavefronts_per_mma=deeper.shared_memory["ldmatrix"].wavefronts / deeper.instructions["mma"],
         useful=useful,
         agrees=agrees,
-        issue=fit_issue((2, 5), *(each.work.surely_issued for each in (one, deeper, wider))),
+        issue=fit_issue((2, 5), *(found.work.surely_issued / 2 for found in (one, deeper, wider))),
     )
 
 
