@@ -165,7 +165,7 @@ def derived_counters(variant: Variant, call: Call, ctas: int, issue: Issue) -> C
     )
 
 
-def fit_issue(k_tiles: tuple[int, int], one: int, deeper: int, wider: int) -> Issue:
+def fit_issue(k_tiles: tuple[int, int], one: float, deeper: float, wider: float) -> Issue:
     """From the instructions counted of one CTA: one tile of `k_tiles[0]` k-tiles, one of `k_tiles[1]`, and
     two tiles of the former."""
     k_tile = (deeper - one) / (k_tiles[1] - k_tiles[0])
