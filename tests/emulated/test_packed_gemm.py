@@ -52,6 +52,13 @@ PROBLEMS = {
 GROUPS = Problem(tuple(int(n) for n in np.random.default_rng(4).integers(0, 3, 300)), 72, 144, 7)
 
 
+@pytest.fixture
+def seed():
+    value = int(np.random.default_rng().integers(1 << 31))
+    print(f"seed {value}")
+    return value
+
+
 def fp8(rng, shape):
     return (rng.standard_normal(shape) * 2).astype(E4M3).view(np.uint8)
 
