@@ -1,4 +1,4 @@
-"""The launch structs of cuda/include/sm12x/abi.h, mirrored once.
+"""The launch structs of cuda/include/sm12x/abi.h and abi_packed.h, mirrored once.
 
 Struct, field and constant names are the header's. `mismatches` compares the mirror with what the build read
 out of the compiled header; a unit test runs it, and so does the first call of a process, before any kernel is

@@ -8,16 +8,18 @@ takes the issue slots of a tile from there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from sm12x import abi
 from sm12x.emulator.counting.counters import Counters, Work
 from sm12x.manifest import Variant
+from unit import packed_schedule
 
 PACKED, PTR_ARRAY = "fp8_packed", "fp8_ptr_array"
-STRIP = 8  # features that swapped packed kernels share their work by
-ATOM = 16  # features that an MMA of theirs computes
+STRIP = packed_schedule.STRIP  # features that a swapped packed kernel divides its work by
+ATOM = 16  # features of an MMA
 BLOCK_K = 32  # depth of an MMA
 FORM = "block_scaled"
 
@@ -78,59 +80,79 @@ def tokens_computed(variant: Variant, rows: int) -> int:
     return up(rows, variant.token_step or variant.token_tile)
 
 
-def multiply_adds(variant: Variant, call: Call) -> int:
-    """Of the MMAs that a kernel issues, at least. The packed family computes the features that are there
-    where operands are swapped, and k-blocks of 32 that hold something; the other family whole tiles. Exact
-    but for swapped packed kernels, which compute a strip more where a piece of work has an odd number of
-    them."""
+def takes_runs(variant: Variant) -> bool:
+    """Whether CTAs take runs of strips of features: swapped kernels of the packed family."""
+    return variant.family == PACKED and variant.swap_ab
+
+
+def pieces_of_ctas(variant: Variant, call: Call, ctas: int) -> list[list[tuple[int, list[int]]]]:
+    """For every CTA of a kernel that takes runs: rows of the groups that it turns to, and the features of its
+    pieces there that MMAs compute, which is in sixteens."""
+    return _pieces(call, variant.token_tile, variant.feature_tile, ctas)
+
+
+@lru_cache(maxsize=256)
+def _pieces(call: Call, token_tile: int, feature_tile: int, ctas: int) -> list[list[tuple[int, list[int]]]]:
+    return [
+        [(call.rows[group], [up(STRIP * size, ATOM) for size in sizes]) for group, sizes in taken]
+        for taken in packed_schedule.parts(call.rows, call.n, token_tile, feature_tile, ctas)
+    ]
+
+
+def multiply_adds(variant: Variant, call: Call, ctas: int, *, split: bool = False) -> int:
+    """Of all MMAs that a kernel issues. The packed family computes pieces in sixteens of features where
+    operands are swapped (tiles, with `split`), and k-blocks of 32 that hold something; the other family whole
+    tiles."""
     packed = variant.family == PACKED
-    features = up(call.n, ATOM if packed and variant.swap_ab else variant.feature_tile)
     depth = up(call.k, BLOCK_K if packed else variant.tile[2])
+    if takes_runs(variant) and not split:
+        return sum(_of_cta(variant, taken) for taken in pieces_of_ctas(variant, call, ctas)) * depth
+    features = up(call.n, ATOM if takes_runs(variant) else variant.feature_tile)
     return sum(tokens_computed(variant, rows) for rows in call.rows) * features * depth
 
 
-def most_multiply_adds(variant: Variant, call: Call, ctas: int) -> int:
-    """Of the MMAs that a kernel issues, at most: a strip more for every piece of work that there may be."""
-    least = multiply_adds(variant, call)
-    if variant.family != PACKED or not variant.swap_ab:
-        return least
-    # A CTA's part of a group is cut into tiles, or where it is less than two into halves.
-    pieces = 2 * (ctas + 1) + -(-call.n // variant.feature_tile)
-    tokens = sum(tokens_computed(variant, rows) for rows in call.rows)
-    return least + pieces * STRIP * tokens * up(call.k, BLOCK_K)
+def _of_cta(variant: Variant, taken: list[tuple[int, list[int]]]) -> int:
+    return sum(tokens_computed(variant, rows) * sum(features) for rows, features in taken)
 
 
-def tiles(variant: Variant, call: Call) -> int:
-    """Tiles of the output."""
+def tiles(variant: Variant, call: Call, ctas: int) -> int:
+    """Tiles of the output, or pieces of them that CTAs take in runs."""
+    if takes_runs(variant):
+        return sum(
+            -(-rows // variant.token_tile) * len(features)
+            for taken in pieces_of_ctas(variant, call, ctas)
+            for rows, features in taken
+        )
     of_tokens = sum(-(-rows // variant.token_tile) for rows in call.rows)
     return of_tokens * -(-call.n // variant.feature_tile)
 
 
 def busiest_share(variant: Variant, call: Call, ctas: int) -> float:
-    """The part of a call's tiles that the CTA with the most of them has. Swapped packed kernels take equal
+    """The part of a call's multiply-adds that the CTA with the most of them has. Swapped packed kernels take
     runs of strips, all others whole tiles in turns."""
-    units = tiles(variant, call)
-    if variant.family == PACKED and variant.swap_ab:
-        units = sum(-(-rows // variant.token_tile) for rows in call.rows) * (up(call.n, STRIP) // STRIP)
+    if takes_runs(variant):
+        each = [_of_cta(variant, taken) for taken in pieces_of_ctas(variant, call, ctas)]
+        return max(each) / sum(each) if any(each) else 0.0
+    units = tiles(variant, call, ctas)
     return -(-units // ctas) / units if units else 0.0
 
 
-def tma_load_bytes(variant: Variant, call: Call) -> int:
+def tma_load_bytes(variant: Variant, call: Call, ctas: int) -> int:
     """Bytes that TMA asks L2 for: weights once for each tile of tokens, whole tiles of tokens once for each
-    tile of features. Exact where all tiles are full and no run of strips begins or ends within one."""
+    tile of features, or piece. Exact where all tiles of tokens are full and no run of strips begins or ends
+    within a strip."""
     of_tokens = sum(-(-rows // variant.token_tile) for rows in call.rows)
-    tokens = of_tokens * variant.token_tile * -(-call.n // variant.feature_tile)
-    return (of_tokens * call.n + tokens) * call.k
+    return (of_tokens * call.n + tiles(variant, call, ctas) * variant.token_tile) * call.k
 
 
 def derived_counters(variant: Variant, call: Call, ctas: int, issue: Issue) -> Counters:
     """What the emulator would count of a call, as far as a floor needs it. In the family fp8_ptr_array that
     is with the group arrays and the tensor maps that it writes, and without the preparation kernel's
     instructions."""
-    total = multiply_adds(variant, call)
+    total = multiply_adds(variant, call, ctas)
     share = busiest_share(variant, call, ctas)
     k_tiles = -(-call.k // variant.tile[2])
-    of_tiles = tiles(variant, call) * (issue.tile + k_tiles * issue.k_tile)
+    of_tiles = tiles(variant, call, ctas) * (issue.tile + k_tiles * issue.k_tile)
     stored = call.least_stored
     if variant.family == PTR_ARRAY:
         stored += abi.group_arrays_bytes(len(call.rows)) + ctas * variant.workspace_per_cta

@@ -41,7 +41,6 @@ from benchmarks.kernel_work import (  # noqa: E402
     derived_counters,
     even_rows,
     fit_issue,
-    most_multiply_adds,
     multiply_adds,
     tma_load_bytes,
 )
@@ -68,7 +67,7 @@ class Counted:
     """What the emulator counted of one variant. `tma_over_least`: bytes that TMA asks for over those of the
     operands, in a full tile. `wavefronts_per_mma`: of ldmatrix in a full tile. `useful`: by rows of a group,
     the part of the multiply-adds that is the problem's; `agrees`: whether every count of multiply-adds was
-    what was derived, or in its bounds."""
+    the derived one."""
 
     main_loop_conflicts: int
     conflicts: int
@@ -99,10 +98,9 @@ def emulate(variant: Variant, rows: tuple[int, ...], n: int, k: int, ctas: int) 
 def count(variant: Variant) -> Counted:
     """Emulate small calls on a variant."""
     token, feature, depth = variant.token_tile, variant.feature_tile, variant.tile[2]
-    each = (token, token)  # of two CTAs
-    one = emulate(variant, each, feature, 2 * depth, 2)
-    deeper = emulate(variant, each, feature, 5 * depth, 2)
-    wider = emulate(variant, each, 2 * feature, 2 * depth, 2)
+    one = emulate(variant, (token,), feature, 2 * depth, 1)
+    deeper = emulate(variant, (token,), feature, 5 * depth, 1)
+    wider = emulate(variant, (token,), 2 * feature, 2 * depth, 1)
     seen = [one, deeper, wider]
     useful, agrees = {}, True
     for rows in ROWS:
@@ -110,17 +108,16 @@ def count(variant: Variant) -> Counted:
         found = emulate(variant, call.rows, call.n, call.k, 2)
         seen.append(found)
         useful[rows] = call.multiply_adds / found.multiply_adds
-        least, most = multiply_adds(variant, call), most_multiply_adds(variant, call, 2)
-        agrees &= least <= found.multiply_adds <= most
-    operands = 2 * (token + feature) * 5 * depth
+        agrees &= found.multiply_adds == multiply_adds(variant, call, 2)
+    operands = (token + feature) * 5 * depth
     return Counted(
-        main_loop_conflicts=sum(found.main_loop_conflicts for found in seen),
-        conflicts=sum(access.conflicts for found in seen for access in found.shared_memory.values()),
+        main_loop_conflicts=sum(each.main_loop_conflicts for each in seen),
+        conflicts=sum(access.conflicts for each in seen for access in each.shared_memory.values()),
         tma_over_least=deeper.copies["tma_load"].global_bytes / operands,
         wavefronts_per_mma=deeper.shared_memory["ldmatrix"].wavefronts / deeper.instructions["mma"],
         useful=useful,
         agrees=agrees,
-        issue=fit_issue((2, 5), *(found.work.surely_issued / 2 for found in (one, deeper, wider))),
+        issue=fit_issue((2, 5), *(each.work.surely_issued for each in (one, deeper, wider))),
     )
 
 
@@ -151,7 +148,7 @@ def floors(variant: Variant, issue: Issue, calls: list[Call], gpu: Gpu) -> dict[
     return {
         "variant": variant.key,
         **{name: round(value, 3) for name, value in terms.items()},
-        "asked_of_l2": float(np.mean([tma_load_bytes(variant, call) for call in calls])),
+        "asked_of_l2": float(np.mean([tma_load_bytes(variant, call, gpu.sm_count) for call in calls])),
         "plain_floor_us": round(float(np.mean(plain)), 3),
         "binds": max(set(binds), key=binds.count),
     }

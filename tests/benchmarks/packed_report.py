@@ -35,10 +35,8 @@ def markdown(result: dict[str, Any]) -> str:
         "Derived: means over random routings of T tokens, microseconds. Bound: which of the problem's own "
         "bytes and multiply-adds takes longer. Kernel: of the floors within a hundredth of the lowest, the "
         "one that asks L2 for least. MMA: what its multiply-adds take. Plain: floor of a plain-MMA build of "
-        "that packed tile. Multiply-adds of swapped packed kernels are the least that they issue: a piece "
-        "of work with an odd number of strips of 8 features computes one more. Where both families have one "
-        "floor, DRAM binds both; what the packed one saves there, a preparation kernel and the updates of "
-        "tensor maps, no floor has.",
+        "that packed tile. Where both families have one floor, DRAM binds both; what the packed one saves "
+        "there, a preparation kernel and the updates of tensor maps, no floor has.",
         *(_shapes(result, device) for device in NAMES),
         "## Where the problem's multiply-adds bind",
         _bound(result),

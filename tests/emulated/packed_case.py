@@ -67,9 +67,9 @@ class PackedCase:
             out_type=abi.SM12X_OUT_BFLOAT16,
             least_units=least_units,
         )
-        maps = _encode(variant, "a", a, (self.k, total, 1), (self.k, total * self.k))
+        maps = encode_map(variant, "a", a, (self.k, total, 1), (self.k, total * self.k))
         for size in range(variant.weight_maps):
-            maps += _encode(variant, "b", b, (self.k, self.n, groups), (self.k, self.n * self.k), size)
+            maps += encode_map(variant, "b", b, (self.k, self.n, groups), (self.k, self.n * self.k), size)
         ctypes.memmove(ctypes.addressof(params), maps, len(maps))
         self.result = m.run_shipped(variant.key, ctas, params, arch=arch, seed=seed)
         return m.download(d, (total, self.n), self.out_type)
@@ -88,7 +88,8 @@ def _upload_rows(m, array, label):
     return m.upload(np.concatenate([array.reshape(-1, array.shape[-1]), behind]), label)
 
 
-def _encode(variant, name, address, shape, strides, size=0):
+def encode_map(variant, name, address, shape, strides, size=0):
+    """The tensor map of an operand; `size`: of several, which."""
     spec = variant.tensor_maps[name]
     box = (spec.box[0], spec.box[1] << size) + (1,) * (spec.rank - len(spec.box))
     ones, swizzle = [1] * spec.rank, _SWIZZLE[spec.swizzle]

@@ -865,3 +865,14 @@ def test_the_shipped_one_launch_kernels_compute_a_call_whatever_the_seed(fresh, 
         assert reference.check(out[has_rows], ref[has_rows], abs_sum[has_rows], k)[1] <= 1
         results.append(out.copy())
     assert (results[0].view(np.uint32) == results[1].view(np.uint32)).all(), "bit-identical from run to run"
+
+
+def test_a_shipped_one_launch_kernel_computes_a_call_for_one_cta(fresh, rng):
+    """A single strip of features, and a device with one SM: the only CTA has all of it."""
+    for counts, n, sms in (((1,), 8, 4), ((5, 0, 18), 136, 1)):
+        arguments = packed(rng, counts, n, 48)
+        ref, abs_sum = reference.grouped_gemm_float64(**arguments)
+        for mode in ("whole", "split"):
+            with emulator.use(sms=sms):
+                out = run(arguments, variant=f"{ONE_LAUNCH}:{mode}")
+            assert reference.check(out, ref, abs_sum, 48)[1] <= 1

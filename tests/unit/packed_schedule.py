@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil
 
 from sm12x.manifest import Variant
@@ -43,30 +44,48 @@ def pieces(strips: int, most: int) -> list[int]:
     return found
 
 
-def runs(rows: list[int], n: int, variant: Variant, ctas: int) -> list[Cta]:
-    """Every CTA's work where strips of features are cut into equal runs; `rows` of each group."""
-    strips, most = -(-n // STRIP), variant.feature_tile // STRIP
-    tiles = [-(-m // variant.token_tile) for m in rows]
+def parts(
+    rows: Sequence[int], n: int, token_tile: int, feature_tile: int, ctas: int
+) -> list[list[tuple[int, list[int]]]]:
+    """For every CTA, where strips of features are cut into equal runs: the groups that it turns to, each
+    with the strips of its pieces there; a CTA takes all tiles of tokens of a piece. `rows` of each group."""
+    strips, most = -(-n // STRIP), feature_tile // STRIP
+    tiles = [-(-m // token_tile) for m in rows]
+    starts = [0, *accumulate(tall * strips for tall in tiles)]
     ends = starts_of_runs(sum(tiles), strips, ctas)
     found = []
+    group = 0
     for begin, end in pairwise(ends):
-        work, start = Cta(), 0
-        for expert, tall in enumerate(tiles):
-            first = max(0, begin - start)
-            last = min(tall * strips, end - start)
-            start += tall * strips
-            if first >= last or not tall:
-                continue
-            for size in pieces(-(-last // tall) - -(-first // tall), most):
-                work.visits += tall
-                work.weights += tall * size
-                work.rounds += tall * 2 * ceil(ceil(size / 2) / variant.mma_warps)
-                work.experts.add(expert)
+        taken = []
+        while group < len(tiles) and starts[group] < end:
+            # A run that begins or ends inside a strip's units begins or ends behind it.
+            first, last = max(0, begin - starts[group]), min(end, starts[group + 1]) - starts[group]
+            if first < last:
+                taken.append((group, pieces(-(-last // tiles[group]) - -(-first // tiles[group]), most)))
+            if starts[group + 1] > end:
+                break
+            group += 1
+        found.append(taken)
+    return found
+
+
+def runs(rows: Sequence[int], n: int, variant: Variant, ctas: int) -> list[Cta]:
+    """Every CTA's work where strips of features are cut into equal runs; `rows` of each group."""
+    found = []
+    for taken in parts(rows, n, variant.token_tile, variant.feature_tile, ctas):
+        work = Cta()
+        for group, sizes in taken:
+            tall = -(-rows[group] // variant.token_tile)
+            work.visits += tall * len(sizes)
+            work.weights += tall * sum(sizes)
+            work.rounds += tall * sum(2 * ceil(ceil(size / 2) / variant.mma_warps) for size in sizes)
+            if sizes:
+                work.experts.add(group)
         found.append(work)
     return found
 
 
-def split(rows: list[int], n: int, k_tiles: int, variant: Variant, ctas: int, least: int) -> list[Cta]:
+def split(rows: Sequence[int], n: int, k_tiles: int, variant: Variant, ctas: int, least: int) -> list[Cta]:
     """Every CTA's work where the k-tiles of all tiles are cut into equal runs."""
     tiles = [
         expert

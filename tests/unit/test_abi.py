@@ -1,4 +1,4 @@
-"""The ctypes mirror of abi.h lays every struct out as the header does."""
+"""The ctypes mirror of abi.h and abi_packed.h lays every struct out as the headers do."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sm12x import abi
 from unit.fake_family import abi_record
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADER = ROOT / "cuda" / "include" / "sm12x" / "abi.h"
+HEADERS = [ROOT / "cuda" / "include" / "sm12x" / name for name in ("abi.h", "abi_packed.h")]
 MANIFEST = ROOT / "cubins" / "manifest.json"
 SIZES = {"uint64_t": 8, "int64_t": 8, "int32_t": 4, "float": 4, "uint16_t": 2}
 
 
 def header_text():
-    return re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+    return re.sub(r"/\*.*?\*/", "", "".join(header.read_text() for header in HEADERS), flags=re.DOTALL)
 
 
 def header_constants():

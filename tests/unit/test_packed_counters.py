@@ -44,9 +44,13 @@ CALL = Call((9, 0, 200), 200, 400)
 
 
 def test_multiply_adds_are_padded_as_each_kernel_pads():
-    assert kernel_work.multiply_adds(NARROW, CALL) == (16 + 200) * 208 * 416
-    assert kernel_work.multiply_adds(WIDE, CALL) == (128 + 256) * 256 * 416
-    assert kernel_work.multiply_adds(OTHER, CALL) == (16 + 208) * 256 * 512
+    assert kernel_work.multiply_adds(NARROW, CALL, 1) == (16 + 200) * 208 * 416
+    # 27 tiles of tokens of 25 strips each: 225 units for each of 3 CTAs. The first ends 175 units into the
+    # large group, at strip 7 of 25, the second at strip 16: 7, 9 and 9 strips are 4, 5 and 5 MMAs wide.
+    assert kernel_work.multiply_adds(NARROW, CALL, 3) == (16 * 208 + 200 * (64 + 80 + 80)) * 416
+    assert kernel_work.multiply_adds(NARROW, CALL, 8, split=True) == (16 + 200) * 208 * 416
+    assert kernel_work.multiply_adds(WIDE, CALL, 8) == (128 + 256) * 256 * 416
+    assert kernel_work.multiply_adds(OTHER, CALL, 8) == (16 + 208) * 256 * 512
     assert CALL.multiply_adds == 209 * 200 * 400
 
 
@@ -56,10 +60,15 @@ def test_the_least_bytes_are_those_of_groups_with_rows():
 
 
 def test_the_busiest_cta_has_whole_tiles_or_an_equal_run_of_strips():
-    assert kernel_work.tiles(WIDE, CALL) == 3 * 2
+    assert kernel_work.tiles(WIDE, CALL, 4) == 3 * 2
     assert kernel_work.busiest_share(WIDE, CALL, 4) == pytest.approx(2 / 6)
-    units = (2 + 25) * 25
-    assert kernel_work.busiest_share(NARROW, CALL, 4) == pytest.approx(-(-units // 4) / units)
+    # 168 or 169 units each; the large group is parted at strips 5, 12 and 19.
+    each = [16 * (112 + 96) + 200 * 48, 200 * 64, 200 * 64, 200 * 48]
+    assert kernel_work.busiest_share(NARROW, CALL, 4) == pytest.approx(max(each) / sum(each))
+    assert kernel_work.tiles(NARROW, CALL, 4) == 2 * 2 + 4 * 25
+    # Four tiles of tokens, 17 CTAs: four keep to each, one stays idle; all pieces lie in one group.
+    assert kernel_work.tiles(NARROW, Call((8,) * 4, 200, 400), 17) == 16
+    assert kernel_work.busiest_share(NARROW, Call((8,) * 4, 200, 400), 17) == pytest.approx(1 / 13)
     assert kernel_work.busiest_share(WIDE, Call((0,), 8, 16), 4) == 0
 
 

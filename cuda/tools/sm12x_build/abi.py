@@ -1,4 +1,6 @@
-"""The manifest's ABI part: names out of sm12x/abi.h, sizes and offsets from the host compiler."""
+"""The manifest's ABI part: names out of sm12x/abi.h and abi_packed.h, sizes and offsets from the host
+compiler.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from typing import Any
 
 from . import ROOT, BuildError
 
+HEADERS = ("abi.h", "abi_packed.h")
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 _STRUCT = re.compile(r"typedef\s+struct\s+(\w+)\s*\{(.*?)\}\s*(\w+)\s*;", re.DOTALL)
 _ENUM = re.compile(r"\benum\s+\w+\s*\{(.*?)\}", re.DOTALL)
@@ -22,7 +25,7 @@ _DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(SM12X_\w+)[ \t]+\S", re.MULTIL
 
 
 def header_names(header: str) -> tuple[dict[str, list[str]], list[str]]:
-    """The structs of the header's text with their fields in order, and the names of its constants.
+    """The structs of the headers' text with their fields in order, and the names of its constants.
 
     Constants are the enumerators and the object-like macros that have a value and begin with SM12X_.
     """
@@ -51,8 +54,8 @@ def dump_abi(root: Path = ROOT) -> dict[str, Any]:
 
     Compiles cuda/tools/abi_dump.cpp with the host compiler ($CXX, else c++ or g++).
     """
-    header = root / "cuda" / "include" / "sm12x" / "abi.h"
-    structs, constants = header_names(header.read_text())
+    folder = root / "cuda" / "include" / "sm12x"
+    structs, constants = header_names("".join((folder / name).read_text() for name in HEADERS))
     lines = []
     for name, fields in structs.items():
         lines += [

@@ -96,29 +96,30 @@ FAMILIES = {
         runs=True,
         skips_k=True,
         prepared=0,
-        start=1.5,  # assumed: bounds and the first rows, two trips to DRAM
-        setup=0.05,  # assumed: a few shuffles
-        tile=0.35,  # assumed: as ptr_array
+        # Fitted, 2026-11-23_forced_h200.json.
+        start=0.67,
+        setup=0.62,
+        tile=0.91,
     ),
 }
 
 RATES = {
-    # "Fitted" and "measured": 2026-11-22_grouped_gemm_h200.json, ptr_array only, so what only packed kernels
-    # do is assumed.
+    # "Fitted": 2026-11-23_forced_h200.json, every packed variant forced on 60 rows; "measured":
+    # 2026-11-22_grouped_gemm_h200.json. How good the fit is: tests/benchmarks/fit_select.py.
     "sm_90a": Rates(
         clock=1.92,  # DESIGN 2: 512 bytes in 29.5 clocks for each of 132 SMs at 4400 GB/s
-        sm=45.0,  # assumed, 2.6 times the fair share: 35 fitted, 51 from readers on few SMs
-        l2=32.0,  # fitted
-        mma=1100.0,  # fitted; with `operand` DESIGN 2's clocks for 32 and 64 tokens
-        operand=0.015,  # fitted
-        k_tile=57.0,  # fitted, all k-tiles of 128
-        value=0.3,  # fitted
+        sm=46.0,  # fitted: 2.6 times the fair share
+        l2=20.5,  # fitted
+        mma=1290.0,  # fitted; with `operand` DESIGN 2's clocks for 32 and 64 tokens
+        operand=0.0163,  # fitted
+        k_tile=60.5,  # fitted
+        value=0.33,  # fitted
         gathered=2.0,  # assumed: one warp's copies of 512 bytes in 64 clocks
         launch=2.5,  # measured: the read floor of no bytes at all, 2.3 to 2.7
         next_launch=2.5,  # assumed: as the first
         lookup=0.7,  # assumed: a trip to DRAM
-        fix_up=2.0,  # assumed: a fence and two trips to L2
-        overlap=0.09,  # fitted
+        fix_up=1.7,  # fitted
+        overlap=0.02,  # fitted
     ),
     # Nothing of it measured: what the SM's data sheet does not say is the twin's.
     "sm_120a": Rates(

@@ -14,7 +14,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <sm12x/abi.h>
+#include <sm12x/abi_packed.h>
 #include <sm12x/arch/copy.hpp>
 #include <sm12x/kernel/packed_scheduler.hpp>
 
@@ -95,10 +95,12 @@ class RowStore {
     for (int i = 0; i < kTokens; ++i) {
       int64_t row = first + min(token_ + token_at(i), tile_.rows - 1);
       row_weight_[i] = weight != nullptr ? weight[row] : 1.0f;
+      bool reads_zeros = false;
       if (mode == SM12X_SCALE_VECTOR && params_.row_index != 0) {
-        row = max(kernel::indexed_row(params_, row), int64_t(0));  // none: it read zeros
+        row = kernel::indexed_row(params_, row);
+        reads_zeros = row < 0;
       }
-      token_scale_[i] = scale[mode == SM12X_SCALE_VECTOR ? row : 0];
+      token_scale_[i] = reads_zeros ? 0.0f : scale[mode == SM12X_SCALE_VECTOR ? row : 0];
     }
   }
 

@@ -23,7 +23,7 @@
 
 #include <cute/numeric/integral_constant.hpp>
 #include <cutlass/arch/reg_reconfig.h>
-#include <sm12x/abi.h>
+#include <sm12x/abi_packed.h>
 #include <sm12x/arch/copy.hpp>
 #include <sm12x/arch/grid.hpp>
 #include <sm12x/collective/limits.hpp>

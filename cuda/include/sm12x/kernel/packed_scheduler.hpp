@@ -24,7 +24,7 @@
 #include <cstdint>
 
 #include <cute/util/type_traits.hpp>
-#include <sm12x/abi.h>
+#include <sm12x/abi_packed.h>
 
 namespace sm12x::kernel {
 
@@ -316,7 +316,7 @@ class PackedSchedule {
         }
       }
       unit_ = start_of_run(blockIdx.x);
-      end_ = start_of_run(blockIdx.x + 1);
+      end_ = blockIdx.x + 1 == gridDim.x ? units_ : start_of_run(blockIdx.x + 1);
       next_group_of_run();
     }
   }
@@ -448,7 +448,7 @@ class PackedSchedule {
   uint32_t strips_;  // of one group
   GroupWalker<TileTokens, Count> walker_;
   typename GroupWalker<TileTokens, Count>::Group group_;
-  uint32_t per_cta_;            // 2^32 / CTAs, rounded up
+  uint32_t per_cta_;            // 2^32 / CTAs, rounded up; 0 for one CTA
   uint32_t ctas_per_tile_ = 0;  // runs that keep to one tile of tokens: how many each has
   float per_ctas_of_tile_ = 0.0f;
   uint32_t units_ = 0;

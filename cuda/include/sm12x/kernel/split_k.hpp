@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include <sm12x/abi.h>
+#include <sm12x/abi_packed.h>
 #include <sm12x/arch/grid.hpp>
 
 namespace sm12x::kernel {
