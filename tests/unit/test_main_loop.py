@@ -176,9 +176,9 @@ def test_shipped_kernels_are_read_and_have_a_row_for_every_loop() -> None:
 
 def test_instructions_are_counted_per_k_tile() -> None:
     assert main_loop.mma_per_k_tile(ENTRY) == 2
-    assert main_loop.mix_of(ENTRY, _planted()) == main_loop.Mix(2.0, 1.0, 2.0, 1)
+    assert main_loop.mix_of(ENTRY, _planted()) == main_loop.Mix(2.0, 1.0, 2.0, 1, 1.0)
     half = Entry("x", "pingpong", (16, 8, 128))
-    assert main_loop.mix_of(half, _planted()) == main_loop.Mix(1.0, 0.5, 1.0, 2)
+    assert main_loop.mix_of(half, _planted()) == main_loop.Mix(1.0, 0.5, 1.0, 2, 0.5)
 
 
 def test_loop_of_broken_k_tiles_is_refused() -> None:

@@ -21,12 +21,13 @@ PACKED = "fp8_packed"
 
 @dataclass(frozen=True)
 class Mix:
-    """Instructions that one MMA warp issues for one k-tile."""
+    """Instructions that one MMA warp issues for one k-tile. ``nop``: of the others, those that do nothing."""
 
     mma: float
     ldsm: float
     other: float
     k_tiles_per_iteration: int
+    nop: float = 0.0
 
     @property
     def slots_per_mma(self) -> float:
@@ -115,7 +116,9 @@ def mix_of(entry: Entry, kernel: Kernel) -> Mix:
 def _mix(loop: Sequence[Instruction], k_tiles: int) -> Mix:
     mma = sum(instruction.is_mma for instruction in loop)
     ldsm = sum(instruction.name == "LDSM" for instruction in loop)
-    return Mix(mma / k_tiles, ldsm / k_tiles, (len(loop) - mma - ldsm) / k_tiles, k_tiles)
+    nop = sum(instruction.name == "NOP" for instruction in loop)
+    other = len(loop) - mma - ldsm
+    return Mix(mma / k_tiles, ldsm / k_tiles, other / k_tiles, k_tiles, nop / k_tiles)
 
 
 def table(rows: Sequence[tuple[Entry, tuple[Mix, dict[str, Any]]]], tools: Mapping[str, str]) -> str:
@@ -199,8 +202,9 @@ def shipped_table(rows: Sequence[ShippedRow], tools: Mapping[str, str]) -> str:
     """The table of shipped kernels in Markdown: a main loop a row."""
     lines = [
         "The same of the shipped kernels of the family `fp8_packed` (`cubins/cu13`, ptxas "
-        f"{tools['ptxas_cu13']} -O2). Issue slots: of all instructions of the loop, per MMA. Of a tile "
-        "that is not full, some compute a part. Written by `python cuda/tools/main_loop.py --shipped`.",
+        f"{tools['ptxas_cu13']} -O2). Issue slots: of all instructions of the loop, per MMA; ptxas 12.9 "
+        "puts a NOP behind most of them, in every kernel (`cubins/cu12`). Of a tile that is not full, some "
+        "compute a part. Written by `python cuda/tools/main_loop.py --shipped`.",
         "",
         "| tile | schedule | part | k-tiles at a time | MMAs | `LDSM` | other | issue slots per MMA "
         "| stages | registers |",
