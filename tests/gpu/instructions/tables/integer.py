@@ -28,6 +28,8 @@ def forms() -> Iterator[Form]:
             yield simple(f"neg.{kind}", kind, kind)
     for op in ("add", "sub"):
         yield simple(f"{op}.sat.s32", "s32 s32", "s32")
+    for op in ("min", "max"):
+        yield simple(f"{op}.relu.s32", "s32 s32", "s32")
     for kind in ("u32", "s32"):
         yield simple(f"mul24.lo.{kind}", f"{kind} {kind}", kind)
         yield simple(f"mad24.lo.{kind}", f"{kind} {kind} {kind}", kind)
