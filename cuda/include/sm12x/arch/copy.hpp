@@ -20,6 +20,23 @@ __device__ __forceinline__ uint32_t dynamic_shared_bytes() {
   return bytes;
 }
 
+/// Zero, in a way that no compiler can know: whoever adds it to an address waits until `value` is in its
+/// register.
+__device__ __forceinline__ uint32_t zero_once_known(uint32_t value) {
+  return value & (dynamic_shared_bytes() >> 24);
+}
+
+/// One arrival at an mbarrier of this CTA, once `loaded` is in its register.
+///
+/// A warp that loads from a stage and then arrives, to hand the stage back to TMA, needs that: the arrival
+/// overtakes ldmatrix. Shared memory serves both in order as far as other threads can tell, which is why
+/// ptxas lets no load be waited for, but TMA writes past that queue: behind a burst of stores of
+/// other warps, fragments were read after the next bytes had landed (seen on an H200).
+__device__ __forceinline__ void arrive_once_loaded(uint32_t barrier, uint32_t loaded) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier + zero_once_known(loaded))
+               : "memory");
+}
+
 /// Four 8x8 matrices of 16-bit elements (of FP8: 8 rows of 16 bytes each); lane l gives the address of
 /// row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t& d0, uint32_t& d1,

@@ -10,6 +10,7 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/cutlass.h>
 #include <cutlass/pipeline/sm90_pipeline.hpp>
+#include <sm12x/arch/copy.hpp>
 
 namespace sm12x::collective {
 
@@ -97,11 +98,11 @@ class PipelineTmaWarpRelease {
     storage_.full[state.index()].wait(state.phase());
   }
 
-  /// Hands the stage back once all lanes of this warp have read it. A whole warp.
-  CUTLASS_DEVICE void consumer_release(PipelineState state) {
+  /// Hands the stage back. A whole warp. `loaded` depends on all that it has read from the stage.
+  CUTLASS_DEVICE void consumer_release(PipelineState state, uint32_t loaded) {
     __syncwarp();
     if (cute::elect_one_sync()) {
-      storage_.empty[state.index()].arrive();
+      arch::arrive_once_loaded(arch::shared_address(&storage_.empty[state.index()]), loaded);
     }
   }
 

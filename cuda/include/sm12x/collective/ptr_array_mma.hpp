@@ -449,12 +449,25 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
       auto multiply = [&](auto slot) {
         cute::gemm(tiled_mma, tCrA(_, _, slot), tCrB_part(_, _, slot), accum_part);
       };
+      // Something of every load of a slot.
+      auto loaded = [&](auto slot) {
+        uint32_t all = 0;
+        CUTLASS_PRAGMA_UNROLL
+        for (int m = 0; m < size<1>(tCrA_copy); ++m) {
+          all ^= recast<uint32_t>(tCrA_copy(_, m, slot))(0);
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int n = 0; n < kCopies; ++n) {
+          all ^= recast<uint32_t>(tCrB_copy(_, n, slot))(0);
+        }
+        return all;
+      };
       constexpr int kBlocks = decltype(size<2>(tCrA))::value;
       if constexpr (kBlocks > 1 && prefetch_fragments<FrgTensorC>()) {
         k_loop_prefetching<kBlocks>(pipeline, smem_pipe_read, k_tile_count, load_fragments,
-                                    multiply);
+                                    multiply, loaded);
       } else {
-        k_loop<kBlocks>(pipeline, smem_pipe_read, k_tile_count, load_fragments, multiply);
+        k_loop<kBlocks>(pipeline, smem_pipe_read, k_tile_count, load_fragments, multiply, loaded);
       }
     };
     if constexpr (SkipEmptyColumns) {
@@ -499,21 +512,21 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
   }
 
   // Both loops start when the first stage has arrived. A stage is released as soon as its last
-  // fragments have been requested: shared memory serves a warp's loads and its arrival in order.
+  // fragments have arrived.
 
   // Fragments of the next k-block are loaded while the MMAs of this one issue, across k-tiles too.
-  template <int kBlocks, class LoadFragments, class Multiply>
+  template <int kBlocks, class LoadFragments, class Multiply, class Loaded>
   CUTLASS_DEVICE static void k_loop_prefetching(MainloopPipeline& pipeline, PipelineState& state,
                                                 int k_tile_count,
                                                 LoadFragments const& load_fragments,
-                                                Multiply const& multiply) {
+                                                Multiply const& multiply, Loaded const& loaded) {
     using namespace cute;
     load_fragments(state.index(), Int<0>{}, Int<0>{});
     auto k_tile = [&](auto is_last_tile) {
       for_each(make_int_sequence<kBlocks>{}, [&](auto k_block) {
         constexpr int kNext = (decltype(k_block)::value + 1) % kBlocks;
         if constexpr (kNext == 0) {
-          pipeline.consumer_release(state);
+          pipeline.consumer_release(state, loaded(k_block));
           if constexpr (!decltype(is_last_tile)::value) {
             ++state;
             pipeline.consumer_wait(state);
@@ -532,10 +545,10 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
     k_tile(true_type{});
   }
 
-  template <int kBlocks, class LoadFragments, class Multiply>
+  template <int kBlocks, class LoadFragments, class Multiply, class Loaded>
   CUTLASS_DEVICE static void k_loop(MainloopPipeline& pipeline, PipelineState& state,
                                     int k_tile_count, LoadFragments const& load_fragments,
-                                    Multiply const& multiply) {
+                                    Multiply const& multiply, Loaded const& loaded) {
     using namespace cute;
     while (true) {
       CUTLASS_PRAGMA_NO_UNROLL
@@ -543,7 +556,7 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
         load_fragments(state.index(), k_block, Int<0>{});
         multiply(Int<0>{});
       }
-      pipeline.consumer_release(state);
+      pipeline.consumer_release(state, loaded(Int<0>{}));
       if (--k_tile_count == 0) {
         break;
       }

@@ -60,11 +60,16 @@ class WarpTile {
     } else {
       offset_b_ = swizzled(row_b + lane % 8 + lane / 16 * 8, lane / 8 % 2);
     }
+    if constexpr (!ShortA) {
+      // Or ptxas computes them again and again, to save two registers.
+      offset_a_[0] = __shfl_sync(0xffffffffu, offset_a_[0], lane);
+      offset_b_ = __shfl_sync(0xffffffffu, offset_b_, lane);
+    }
   }
 
   /// Adds the products of `k_tiles` stages, of which the last one has `last_blocks` k-blocks (1 to
-  /// kBlocks). Waits for each stage and releases it as soon as its last fragments have been requested:
-  /// shared memory serves a warp's loads and its arrival in order. ActiveM, ActiveN: atoms
+  /// kBlocks). Waits for each stage and releases it as soon as its last fragments have arrived.
+  /// ActiveM, ActiveN: atoms
   /// that count, from the first. LapStages: stages of the ring, where that is known (else 0) and the loop
   /// is to be unrolled over them.
   template <int ActiveM, int ActiveN, int LapStages, class Ring, class State>
@@ -74,7 +79,7 @@ class WarpTile {
       // Waits too: a warp that ran ahead would release a stage of the ring's next turn.
       for (int tile = 0; tile < k_tiles; ++tile) {
         ring.wait_full(state);
-        ring.release(state);
+        ring.release(state, 0);
         ring.advance(state);
       }
     } else {
@@ -87,6 +92,7 @@ class WarpTile {
         uint32_t const a = stages.a + at.index * stages.bytes;
         uint32_t const b = stages.b + at.index * stages.bytes;
         ring.wait_full(at);
+        uint32_t all_loaded = 0;
         if constexpr (prefetches<ActiveM, ActiveN>()) {
           load(fragments, a, b, 0);
         }
@@ -97,8 +103,11 @@ class WarpTile {
           } else if (block + 1 < kBlocks) {
             load(fragments, a, b, block + 1);
           }
+          if (block + 1 == kBlocks || ActiveM * ActiveN < 8) {
+            all_loaded ^= loaded(fragments, block);
+          }
           if (block + 1 == kBlocks) {
-            ring.release(at);
+            ring.release(at, all_loaded);
           }
           multiply<kChains>(fragments, block, accumulators, more);
         }
@@ -135,14 +144,16 @@ class WarpTile {
         uint32_t const a = stages.a + state.index * stages.bytes;
         uint32_t const b = stages.b + state.index * stages.bytes;
         ring.wait_full(state);
+        uint32_t all_loaded = 0;
 #pragma unroll
         for (int block = 0; block + 1 < kBlocks; ++block) {
           if (block < last_blocks) {
             load(fragments, a, b, block);
+            all_loaded ^= loaded(fragments, block);
             multiply<kChains>(fragments, block, accumulators, more);
           }
         }
-        ring.release(state);
+        ring.release(state, all_loaded);
         ring.advance(state);
       }
 #pragma unroll
@@ -206,6 +217,21 @@ class WarpTile {
                             atoms[n + 1][0], atoms[n + 1][1]);
       }
     }
+  }
+
+  // Something of every load of a k-block.
+  template <class Fragments>
+  __device__ static uint32_t loaded(Fragments const& from, int block) {
+    uint32_t all = 0;
+#pragma unroll
+    for (int m = 0; m < Fragments::kActiveM; ++m) {
+      all ^= from.a[block % 2][m][0];
+    }
+#pragma unroll
+    for (int n = 0; n < Fragments::kActiveN; n += 2) {
+      all ^= from.b[kAtomsN == 1 ? block / 2 % 2 : block % 2][n][0];
+    }
+    return all;
   }
 
   template <int Chains, class Fragments, class More>

@@ -83,11 +83,10 @@ class StageRing {
 
   __device__ void wait_full(State const& state) { storage_.full[state.index].wait(state.phase); }
 
-  /// Hands the stage back once all lanes of this warp have read it. A whole warp.
-  __device__ void release(State const& state) {
-    __syncwarp();
+  /// Hands the stage back. A whole warp. `loaded` depends on all that it has read from the stage.
+  __device__ void release(State const& state, uint32_t loaded) {
     if (cute::elect_one_sync()) {
-      storage_.empty[state.index].arrive();
+      arch::arrive_once_loaded(arch::shared_address(&storage_.empty[state.index]), loaded);
     }
   }
 
