@@ -1,5 +1,5 @@
-/// Between grids, between CTAs of one grid and between warps of a CTA: programmatic dependent launch, the
-/// acquire and release of words in global memory, named barriers.
+/// Between grids and between CTAs of one grid: programmatic dependent launch, the acquire and release of
+/// words in global memory.
 ///
 /// CUTLASS's wrappers of griddepcontrol become nothing unless a macro is set on the command line;
 /// ours are what they say (PTX ISA, "griddepcontrol").
@@ -36,15 +36,6 @@ __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* address, uint3
                : "l"(address), "r"(value)
                : "memory");
   return before;
-}
-
-/// Named barriers of a CTA (0 is __syncthreads). All lanes of a warp; `threads` counts those that arrive and
-/// those that wait.
-__device__ __forceinline__ void wait_at_barrier(int barrier, int threads) {
-  asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void arrive_at_barrier(int barrier, int threads) {
-  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 }  // namespace sm12x::arch

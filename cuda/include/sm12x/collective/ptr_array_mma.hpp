@@ -449,16 +449,21 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
       auto multiply = [&](auto slot) {
         cute::gemm(tiled_mma, tCrA(_, _, slot), tCrB_part(_, _, slot), accum_part);
       };
-      // Something of every load of a slot.
-      auto loaded = [&](auto slot) {
+      // Something of every load of a slot: the first of the four registers that an ldmatrix fills.
+      auto first_of_four = [](auto const& fragment) {
+        auto words = recast<uint32_t>(fragment);
         uint32_t all = 0;
         CUTLASS_PRAGMA_UNROLL
-        for (int m = 0; m < size<1>(tCrA_copy); ++m) {
-          all ^= recast<uint32_t>(tCrA_copy(_, m, slot))(0);
+        for (int i = 0; i < size(words); i += 4) {
+          all ^= words(i);
         }
+        return all;
+      };
+      auto loaded = [&](auto slot) {
+        uint32_t all = first_of_four(tCrA_copy(_, _, slot));
         CUTLASS_PRAGMA_UNROLL
         for (int n = 0; n < kCopies; ++n) {
-          all ^= recast<uint32_t>(tCrB_copy(_, n, slot))(0);
+          all ^= first_of_four(tCrB_copy(_, n, slot));
         }
         return all;
       };
@@ -523,10 +528,12 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
     using namespace cute;
     load_fragments(state.index(), Int<0>{}, Int<0>{});
     auto k_tile = [&](auto is_last_tile) {
+      uint32_t all_loaded = 0;
       for_each(make_int_sequence<kBlocks>{}, [&](auto k_block) {
         constexpr int kNext = (decltype(k_block)::value + 1) % kBlocks;
+        all_loaded ^= loaded(k_block);
         if constexpr (kNext == 0) {
-          pipeline.consumer_release(state, loaded(k_block));
+          pipeline.consumer_release(state, all_loaded);
           if constexpr (!decltype(is_last_tile)::value) {
             ++state;
             pipeline.consumer_wait(state);
@@ -551,12 +558,14 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
                                     Multiply const& multiply, Loaded const& loaded) {
     using namespace cute;
     while (true) {
+      uint32_t all_loaded = 0;
       CUTLASS_PRAGMA_NO_UNROLL
       for (int k_block = 0; k_block < kBlocks; ++k_block) {
         load_fragments(state.index(), k_block, Int<0>{});
+        all_loaded ^= loaded(Int<0>{});
         multiply(Int<0>{});
       }
-      pipeline.consumer_release(state, loaded(Int<0>{}));
+      pipeline.consumer_release(state, all_loaded);
       if (--k_tile_count == 0) {
         break;
       }

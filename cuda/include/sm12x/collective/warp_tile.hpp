@@ -104,7 +104,7 @@ class WarpTile {
             load(fragments, a, b, block + 1);
           }
           if (block + 1 == kBlocks || ActiveM * ActiveN < 8) {
-            all_loaded ^= loaded(fragments, block);
+            all_loaded |= loaded(fragments, block);
           }
           if (block + 1 == kBlocks) {
             ring.release(at, all_loaded);
@@ -149,7 +149,7 @@ class WarpTile {
         for (int block = 0; block + 1 < kBlocks; ++block) {
           if (block < last_blocks) {
             load(fragments, a, b, block);
-            all_loaded ^= loaded(fragments, block);
+            all_loaded |= loaded(fragments, block);
             multiply<kChains>(fragments, block, accumulators, more);
           }
         }
@@ -219,17 +219,17 @@ class WarpTile {
     }
   }
 
-  // Something of every load of a k-block.
+  // Something of every load of a k-block. Some come twice, so not by exclusive or.
   template <class Fragments>
   __device__ static uint32_t loaded(Fragments const& from, int block) {
     uint32_t all = 0;
 #pragma unroll
     for (int m = 0; m < Fragments::kActiveM; ++m) {
-      all ^= from.a[block % 2][m][0];
+      all |= from.a[block % 2][m][0];
     }
 #pragma unroll
     for (int n = 0; n < Fragments::kActiveN; n += 2) {
-      all ^= from.b[kAtomsN == 1 ? block / 2 % 2 : block % 2][n][0];
+      all |= from.b[kAtomsN == 1 ? block / 2 % 2 : block % 2][n][0];
     }
     return all;
   }

@@ -3,9 +3,9 @@
 /// Weights come through one 3-D tensor map, rows through another or, where a row index says which,
 /// through 16-byte copies into the same swizzled layout. Nothing is rewritten, prepared or padded.
 ///
-/// Roles, one warp each but for the MMA warps; every role finds its own work (packed_scheduler.hpp), so
-/// none waits for another's answer:
-///   warp 0    weights: TMA
+/// Roles, one warp each but for the MMA warps:
+///   warp 0    finds the CTA's work (packed_scheduler.hpp), hands it to the others (work_queue.hpp) and
+///             loads the weights: TMA
 ///   warp 1    tokens: TMA, or cp.async by all lanes
 ///   others    MMA and epilogue; with two MMA groups (pingpong) they take the CTA's tiles in turns, and
 ///             one group's epilogue hides behind the other's main loop
@@ -32,6 +32,7 @@
 #include <sm12x/kernel/packed_scheduler.hpp>
 #include <sm12x/kernel/split_k.hpp>
 #include <sm12x/kernel/stage_ring.hpp>
+#include <sm12x/kernel/work_queue.hpp>
 
 namespace sm12x::kernel {
 
@@ -73,9 +74,12 @@ class PackedGemm {
   static constexpr int kTokensWarp = 1;
   static constexpr int kGroupWarps = Config::kWarpsM * Config::kWarpsN;
   static constexpr int kMmaWarps = kGroupWarps * Config::kMmaGroups;
-  // Large tiles need more registers in the MMA warps than an equal share: the producers are a warp group
-  // then, half of it idle, that gives its own away.
-  static constexpr bool kMovesRegisters = kMmaWarps == 8 && kAtomsM * kAtomsN >= 8;
+  // Large tiles have no registers left to hold scales through the main loop.
+  static constexpr bool kHoldsScales = kAtomsM * kAtomsN < 8;
+  // They, and two atoms with their scales, need more registers in the MMA warps than an equal share: the
+  // producers are a warp group then, half of it idle, that gives its own away.
+  static constexpr bool kMovesRegisters =
+      kMmaWarps == 8 && (!kHoldsScales || kAtomsM * kAtomsN >= 2);
   static constexpr int kProducerWarps = kMovesRegisters ? 4 : 2;
   static constexpr int kThreads = 32 * (kProducerWarps + kMmaWarps);
   static constexpr int kProducerRegisters = 120;
@@ -98,7 +102,8 @@ class PackedGemm {
   static constexpr int kMostStages = 32;
   using Ring = StageRing<kMostStages>;
   using State = typename Ring::State;
-  // Barriers lie in front of the stages. A launch may bring more shared memory than this, which a device
+  using Queue = WorkQueue<PackedWork, 4>;
+  // Barriers and work lie in front of the stages. A launch may bring more shared memory than this, which a device
   // with more of it then fills with stages.
   static constexpr int kBarrierBytes = 1024;
   static constexpr int kSharedBytes = detail::kSharedMemoryBytes;
@@ -132,6 +137,7 @@ class PackedGemm {
   // -----------------------------------------------------------------------------------------------
 
   struct SharedMemory {
+    typename Queue::Storage queue;
     typename Ring::Storage ring;
     typename Ring::EmptyBarrier turn[Config::kMmaGroups];  // of a group's main loop
     alignas(1024) char stages[1];                          // of each stage: weights, then tokens
@@ -153,8 +159,10 @@ class PackedGemm {
   // -----------------------------------------------------------------------------------------------
 
   // One thread goes through all k-tiles by itself: electing it for each k-tile costs more than the loads.
+  // It hands the work on once its first load is on the way: nobody can use it before that has arrived.
   __device__ static void load_weights(Params const& params, Ring& ring, Stages const& stages,
-                                      PackedWork const& work, State& state) {
+                                      PackedWork const& work, State& state, Queue& queue,
+                                      typename Queue::State const& at_queue) {
     int const boxes = (work.feature_end - work.feature + kBoxFeatures - 1) / kBoxFeatures;
     // Weights that nobody reads again leave L2 first, so that bounds, rows and scales stay.
     arch::CachePolicy const policy =
@@ -175,6 +183,9 @@ class PackedGemm {
             to += kBoxBytes << map;
             feature += kBoxFeatures << map;
           }
+        }
+        if (k == work.k_begin) {
+          queue.put(at_queue, work);
         }
         ring.advance(at);
       }
@@ -242,9 +253,8 @@ class PackedGemm {
   // Pingpong: a group waits for its turn, or it could take a stage of the ring's last round, which it
   // did not see, for its own.
   __device__ static void multiply(Params const& params, SharedMemory& shared, Ring& ring,
-                                  Stages const& stages, Schedule const& schedule,
-                                  PackedWork const& work, int mma_warp, uint32_t turn_phase,
-                                  State& state) {
+                                  Stages const& stages, PackedWork const& work, int mma_warp,
+                                  uint32_t turn_phase, State& state) {
     int const mma_group = mma_warp / kGroupWarps;
     int const warp_m = mma_warp % kGroupWarps % Config::kWarpsM;
     int const warp_n = mma_warp % kGroupWarps / Config::kWarpsM;
@@ -254,7 +264,7 @@ class PackedGemm {
     typename Tile::Stages const operands = {Config::kSwapAb ? stages.first : tokens,
                                             Config::kSwapAb ? tokens : stages.first, stages.bytes};
     Tile const tile(at_m, at_n, work.feature_end - work.feature);
-    int const k_tiles = int(schedule.k_tiles());
+    int const k_tiles = (params.k + kTileK - 1) / kTileK;
     int const count = work.k_end - work.k_begin;
     int const k_left = params.k - (work.k_end - 1) * kTileK;  // of the last k-tile and behind it
     int const last_blocks =
@@ -262,9 +272,8 @@ class PackedGemm {
     auto request_scales = [&] {
       return Store(params, work, Config::kSwapAb ? at_n : at_m, Config::kSwapAb ? at_m : at_n);
     };
-    // Large tiles have no registers left to hold scales through the main loop.
     auto const early = [&] {
-      if constexpr (!kMovesRegisters) {
+      if constexpr (kHoldsScales) {
         return request_scales();
       } else {
         return 0;
@@ -286,13 +295,12 @@ class PackedGemm {
     }
     if (count < k_tiles) {
       Split const split(params, mma_warp % kGroupWarps);
-      if (!split.finishes(schedule.run_of(work.first_unit),
-                          schedule.run_of(work.first_unit + k_tiles - 1), blockIdx.x,
-                          reinterpret_cast<float (&)[kValues]>(accumulators))) {
+      if (!split.finishes(work.run_of(work.first_unit), work.run_of(work.first_unit + k_tiles - 1),
+                          blockIdx.x, reinterpret_cast<float (&)[kValues]>(accumulators))) {
         return;
       }
     }
-    if constexpr (!kMovesRegisters) {
+    if constexpr (kHoldsScales) {
       early.store(accumulators);
     } else {
       request_scales().store(accumulators);
@@ -319,6 +327,7 @@ class PackedGemm {
         shared.turn[group].init(kGroupWarps);
       }
       ring.init(1 + (gathers ? 32 : 1), kGroupWarps);
+      Queue(shared.queue).init(1 + kMmaWarps);
     }
     Schedule schedule(params);
     // Lane l knows how many stages of l + 1 boxes fit: no division once the work is known.
@@ -327,10 +336,6 @@ class PackedGemm {
                                    uint32_t(kMostStages));
     arch::keep(stages_of_boxes);
     __syncthreads();
-    if constexpr (Config::kPdl) {
-      arch::wait_on_prerequisite_grids();
-      arch::launch_dependent_grids();
-    }
     auto work_on = [&](auto roles) {
       work<decltype(roles)::value>(params, shared, ring, schedule, stages_of_boxes, warp);
     };
@@ -356,47 +361,57 @@ class PackedGemm {
   __device__ static void work(Params const& params, SharedMemory& shared, Ring& ring,
                               Schedule& schedule, uint32_t stages_of_boxes, int warp) {
     int const mma_warp = warp - kProducerWarps;
-    bool const produces = Roles == kProducers || (Roles == kAllRoles && mma_warp < 0);
-    // Nothing happens on the SM until the producers know their work, so the MMA warps, which will wait for
-    // data anyway, stay out of their way until then.
-    constexpr int kProducersKnow = 1;  // named barrier
-    if (!produces) {
-      arch::wait_at_barrier(kProducersKnow, kThreads);
+    bool const finds = Roles != kMma && warp == kWeightsWarp;
+    if (Roles == kProducers && warp > kTokensWarp) {
+      return;
     }
-    schedule.start();
-    // A stage is as long as the CTA's largest piece: short pieces have more of them.
-    uint32_t const boxes = Config::kSwapAb ? schedule.largest_piece() : 1;
-    Stages stages;
-    stages.first = arch::shared_address(shared.stages);
-    stages.weight_bytes = boxes * kBoxBytes;
-    stages.bytes = stages.weight_bytes + kTokenBytes;
-    ring.set_stages(Config::kSwapAb ? __shfl_sync(0xffffffffu, stages_of_boxes, boxes - 1)
-                                    : kStages);
-    State state = produces ? Ring::producer_start() : State{};
+    if constexpr (Config::kPdl) {
+      arch::wait_on_prerequisite_grids();
+      arch::launch_dependent_grids();
+    }
+    Queue queue(shared.queue);
+    typename Queue::State at = finds ? Queue::Ring::producer_start() : typename Queue::State{};
     PackedWork work;
+    if (finds) {
+      schedule.start();
+    }
+    State state = Roles != kMma && mma_warp < 0 ? Ring::producer_start() : State{};
     for (int turn = 0;; ++turn) {
-      bool const found = schedule.next(work);
-      if (turn == 0 && produces) {
-        arch::arrive_at_barrier(kProducersKnow, kThreads);
+      if (finds) {
+        schedule.next(work);
+      } else {
+        work = queue.take(at);
       }
       // A vote, so that the compiler sees that no warp diverges here.
-      if (!__any_sync(0xffffffffu, found)) {
+      if (__any_sync(0xffffffffu, work.group < 0)) {
+        if (finds && cute::elect_one_sync()) {
+          queue.put(at, work);
+        }
         break;
       }
-      if (Roles != kMma && warp == kWeightsWarp) {
-        load_weights(params, ring, stages, work, state);
+      // A stage is as long as the CTA's largest piece: short pieces have more of them.
+      uint32_t const boxes = Config::kSwapAb ? work.largest_piece : 1;
+      Stages stages;
+      stages.first = arch::shared_address(shared.stages);
+      stages.weight_bytes = boxes * kBoxBytes;
+      stages.bytes = stages.weight_bytes + kTokenBytes;
+      ring.set_stages(Config::kSwapAb ? __shfl_sync(0xffffffffu, stages_of_boxes, boxes - 1)
+                                      : kStages);
+      if (finds) {
+        load_weights(params, ring, stages, work, state, queue, at);
+        queue.advance(at);
       } else if (Roles != kMma && warp == kTokensWarp) {
         if (params.row_index != 0) {
           gather_tokens(params, ring, stages, work, state);
         } else {
           load_tokens(params, ring, stages, work, state);
         }
-      } else if (Roles != kProducers && mma_warp >= 0) {
+      } else if (Roles != kProducers) {
         if (turn % Config::kMmaGroups == mma_warp / kGroupWarps) {
           // The first group's first turn is there from the start.
           uint32_t const phase =
               turn / Config::kMmaGroups + (turn % Config::kMmaGroups == 0 ? 1 : 0);
-          multiply(params, shared, ring, stages, schedule, work, mma_warp, phase % 2, state);
+          multiply(params, shared, ring, stages, work, mma_warp, phase % 2, state);
         } else {
           ring.advance(state, work.k_end - work.k_begin);
         }

@@ -1,4 +1,4 @@
-/// What a CTA of a packed kernel computes: every role asks for itself.
+/// What a CTA of a packed kernel computes.
 ///
 /// Input: bounds on the device (offsets of packed rows, or counts of masked ones), never trusted.
 /// Empty groups have no work. Nothing here writes, waits or uses shared memory: a warp reads the bounds
@@ -25,6 +25,7 @@
 
 #include <cute/util/type_traits.hpp>
 #include <sm12x/abi_packed.h>
+#include <sm12x/arch/math.hpp>
 
 namespace sm12x::kernel {
 
@@ -37,16 +38,23 @@ __device__ inline int64_t indexed_row(sm12x_packed_params const& params, int64_t
 }
 
 /// A piece of work: k-tiles [k_begin, k_end) of a part of D.
-struct PackedWork {
-  int group;
+struct alignas(16) PackedWork {
+  int group;        ///< negative: there is no more work
   int row;          ///< first row: of d where rows are packed, of the group where masked
   int rows;         ///< of the group, at most a tile's
   int feature;      ///< first output feature
   int feature_end;  ///< features of the piece end here (N at the latest)
   int k_begin;
   int k_end;
-  uint32_t first_unit;  ///< split-K: the tile's first unit (k-tile), counted over all tiles
+  uint32_t largest_piece;  ///< boxes of weights in a stage, the same for all pieces of the CTA
+  // Split-K counts the k-tiles of all tiles: units.
+  uint32_t first_unit;  ///< the tile's
+  uint32_t units;       ///< of all tiles
+  uint32_t runs;        ///< into which they are cut
   bool reads_once;      ///< no other tile of tokens takes the same weights
+
+  /// Split-K: the CTA whose run holds a unit.
+  __device__ uint32_t run_of(uint32_t unit) const { return ((unit + 1) * runs - 1) / units; }
 };
 
 /// Finds groups by a running count of their tiles of tokens; each is `feature_units` units.
@@ -147,7 +155,7 @@ class GroupWalker {
     int const second = packed ? 1 : 0;
     int begin[kPerLane];
     int end[kPerLane];
-    if (params_.bounds_are_64_bit) {
+    if (__builtin_expect(params_.bounds_are_64_bit, 0)) {
       auto const* const bounds = reinterpret_cast<int64_t const*>(params_.bounds);
       int64_t wide[2][kPerLane];
 #pragma unroll
@@ -173,7 +181,7 @@ class GroupWalker {
         end[i] = max(0, min(end[i], limit));
       }
     }
-    if (!packed) {
+    if (__builtin_expect(!packed, 0)) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         first_row_[i] = 0;
@@ -186,7 +194,7 @@ class GroupWalker {
     for (int i = 0; i < kPerLane; ++i) {
       sorted = sorted && begin[i] <= end[i];
     }
-    if (!__all_sync(kAllLanes, sorted) || decreases_) {
+    if (__builtin_expect(!__all_sync(kAllLanes, sorted) || decreases_, 0)) {
       raise_to_maximum(begin, end);
     }
     carried_ = __shfl_sync(kAllLanes, end[kPerLane - 1], 31);
@@ -289,7 +297,8 @@ class PackedSchedule {
         strips_((uint32_t(params.n) + kStrip - 1) / kStrip),
         walker_(params, Runs && !splits_ ? strips_
                                          : (uint32_t(params.n) + TileFeatures - 1) / TileFeatures),
-        per_cta_(0xffffffffu / gridDim.x + 1) {}
+        per_cta_(0xffffffffu / gridDim.x + 1),
+        largest_piece_(Runs && !splits_ ? 0 : kMostStrips) {}
 
   /// Reads the bounds and finds this CTA's share.
   __device__ void start() {
@@ -303,36 +312,27 @@ class PackedSchedule {
       uint32_t const most = units_ / uint32_t(params_.least_units);
       runs_ = most < 1 ? 1 : min(most, gridDim.x);
       if (blockIdx.x < runs_) {
-        unit_ = blockIdx.x * units_ / runs_;
-        end_ = (blockIdx.x + 1) * units_ / runs_;
+        run_.begin = blockIdx.x * units_ / runs_;
+        run_.end = (blockIdx.x + 1) * units_ / runs_;
       }
-    } else if (Runs) {
-      units_ = tiles * strips_;
-      if (tiles > 0 && 4 * tiles <= gridDim.x) {
-        uint32_t const ctas = uint32_t((float(gridDim.x) + 0.5f) * __frcp_rn(float(tiles)));
-        if (16 * ctas * tiles >= 15 * gridDim.x) {
-          ctas_per_tile_ = ctas;
-          per_ctas_of_tile_ = __frcp_rn(float(ctas));
-        }
-      }
-      unit_ = start_of_run(blockIdx.x);
-      end_ = blockIdx.x + 1 == gridDim.x ? units_ : start_of_run(blockIdx.x + 1);
-      next_group_of_run();
+    } else if (tiles > 0) {
+      run_ = run_of_cta(tiles);
     }
   }
 
-  /// Runs, after start(): strips of the largest piece that this CTA takes, for the layout of its stages.
-  __device__ uint32_t largest_piece() const {
-    if (!Runs || splits_) {
-      return kMostStrips;
+  /// The CTA's next piece.
+  __device__ void next(PackedWork& work) {
+    if (!find_next(work)) {
+      work.group = -1;
     }
-    // What is left of the run behind its first group's part is one part or several.
-    uint32_t const behind = end_ > unit_ ? end_ - unit_ : 0;
-    return min(max(max(strip_end_ - strip_, behind), 1u), kMostStrips);
+    work.largest_piece = largest_piece_;
   }
 
-  /// False where the CTA has done its work.
-  __device__ bool next(PackedWork& work) {
+ private:
+  using Count = cute::conditional_t<Runs, uint32_t, uint64_t>;
+
+  // False where the CTA has done its work.
+  __device__ bool find_next(PackedWork& work) {
     work.k_begin = 0;
     work.k_end = int(k_tiles_);
     if (Runs && !splits_) {
@@ -340,14 +340,16 @@ class PackedSchedule {
     }
     Count index = turn_;
     if (splits_) {
-      if (unit_ >= end_) {
+      if (run_.begin >= run_.end) {
         return false;
       }
-      uint32_t const tile = unit_ / k_tiles_;
+      uint32_t const tile = run_.begin / k_tiles_;
       work.first_unit = tile * k_tiles_;
-      work.k_begin = int(unit_ - work.first_unit);
-      work.k_end = int(min(end_ - work.first_unit, k_tiles_));
-      unit_ = work.first_unit + work.k_end;
+      work.units = units_;
+      work.runs = runs_;
+      work.k_begin = int(run_.begin - work.first_unit);
+      work.k_end = int(min(run_.end - work.first_unit, k_tiles_));
+      run_.begin = work.first_unit + work.k_end;
       index = tile;
     }
     turn_ += gridDim.x;
@@ -365,14 +367,6 @@ class PackedSchedule {
     return true;
   }
 
-  /// Split-K: the CTA whose run holds a unit.
-  __device__ uint32_t run_of(uint32_t unit) const { return ((unit + 1) * runs_ - 1) / units_; }
-
-  __device__ uint32_t k_tiles() const { return k_tiles_; }
-
- private:
-  using Count = cute::conditional_t<Runs, uint32_t, uint64_t>;
-
   // Strips of the next piece where so many are left: halves of what is more than a tile, but less than
   // two, because short pieces keep few bytes in flight.
   __device__ static uint32_t piece_of(uint32_t strips) {
@@ -380,36 +374,48 @@ class PackedSchedule {
                                  : (strips < 2 * kMostStrips ? (strips + 1) / 2 : kMostStrips);
   }
 
-  // Units * run / CTAs, with many units one more here and there. But where there are few tiles of tokens,
-  // each gets equally many CTAs if that leaves less than one in 16 idle: a run that crosses from one
-  // group to the next comes in two pieces, which take longer than one of both their sizes.
-  __device__ uint32_t start_of_run(uint32_t run) const {
-    uint32_t const even = min(__umulhi(run * units_, per_cta_), units_);
-    if (ctas_per_tile_ == 0) {
-      return even;
+  struct Run {
+    uint32_t begin = 0;  ///< the next unit that is not yet in work
+    uint32_t end = 0;
+  };
+
+  // Runs: this CTA's, of all groups' so many tiles of tokens. Equal ones, with many units one more here and
+  // there. But where there are few tiles, each gets equally many CTAs if that leaves less than one in 16
+  // idle: a run that crosses from one group to the next comes in two pieces, which take longer than one of
+  // both their sizes.
+  __device__ Run run_of_cta(uint32_t tiles) const {
+    uint32_t const units = tiles * strips_;
+    uint32_t const ctas = uint32_t((float(gridDim.x) + 0.5f) * arch::fast_reciprocal(float(tiles)));
+    if (4 * tiles <= gridDim.x && 16 * ctas * tiles >= 15 * gridDim.x) {
+      // With a half added where the quotient could be whole. All CTAs round alike, so that runs meet.
+      float const per_cta = arch::fast_reciprocal(float(ctas));
+      auto const start = [&](uint32_t run) {
+        uint32_t const tile = uint32_t((float(run) + 0.5f) * per_cta);
+        uint32_t const part = run - tile * ctas;
+        uint32_t const strip = uint32_t((float(part * strips_) + 0.5f) * per_cta);
+        return min(tile * strips_ + strip, units);
+      };
+      return {start(blockIdx.x), start(blockIdx.x + 1)};
     }
-    // Small numbers: exact in float, with a half added where the quotient could be whole.
-    uint32_t const tile = uint32_t((float(run) + 0.5f) * per_ctas_of_tile_);
-    uint32_t const part = run - tile * ctas_per_tile_;
-    uint32_t const strip = uint32_t((float(part * strips_) + 0.5f) * per_ctas_of_tile_);
-    return min(tile * strips_ + strip, units_);
+    auto const start = [&](uint32_t run) { return min(__umulhi(run * units, per_cta_), units); };
+    return {start(blockIdx.x), blockIdx.x + 1 == gridDim.x ? units : start(blockIdx.x + 1)};
   }
 
   // Takes up the next group that has a part in the run; with none, strip_ stays strip_end_.
   __device__ void next_group_of_run() {
-    while (strip_ == strip_end_ && unit_ < end_ && walker_.find(unit_, group_)) {
+    while (strip_ == strip_end_ && run_.begin < run_.end && walker_.find(run_.begin, group_)) {
       // A group's units are its strips times its tiles of tokens. A run may begin or end inside a
       // strip's units: both neighbours round up.
       uint32_t const tiles = group_.token_tiles;
-      uint32_t const first = unit_ - group_.offset;
-      uint32_t const last = min(end_ - first, tiles * strips_);
+      uint32_t const first = run_.begin - group_.offset;
+      uint32_t const last = min(run_.end - first, tiles * strips_);
       strip_ = group_.offset;
       strip_end_ = last;
       if (tiles > 1) {
         strip_ = (strip_ + tiles - 1) / tiles;
         strip_end_ = (strip_end_ + tiles - 1) / tiles;
       }
-      unit_ = first + tiles * strips_;
+      run_.begin = first + tiles * strips_;
     }
   }
 
@@ -417,6 +423,11 @@ class PackedSchedule {
     if (token_tile_ == 0) {
       if (strip_ == strip_end_) {
         next_group_of_run();
+        if (largest_piece_ == 0) {
+          // What is left of the run behind its first group's part is one part or several.
+          uint32_t const behind = run_.end > run_.begin ? run_.end - run_.begin : 0;
+          largest_piece_ = min(max(max(strip_end_ - strip_, behind), 1u), kMostStrips);
+        }
         if (strip_ == strip_end_) {
           return false;
         }
@@ -448,13 +459,11 @@ class PackedSchedule {
   uint32_t strips_;  // of one group
   GroupWalker<TileTokens, Count> walker_;
   typename GroupWalker<TileTokens, Count>::Group group_;
-  uint32_t per_cta_;            // 2^32 / CTAs, rounded up; 0 for one CTA
-  uint32_t ctas_per_tile_ = 0;  // runs that keep to one tile of tokens: how many each has
-  float per_ctas_of_tile_ = 0.0f;
+  uint32_t per_cta_;        // 2^32 / CTAs, rounded up; 0 for one CTA
+  uint32_t largest_piece_;  // in strips; 0 before the first piece of a run
   uint32_t units_ = 0;
   uint32_t runs_ = 1;
-  uint32_t unit_ = 0;  // of the run: the next one that is not yet in work
-  uint32_t end_ = 0;
+  Run run_;
   Count turn_;
   // Runs: the strips of the current group that are left, the piece in work, its next tile of tokens.
   uint32_t strip_ = 0;

@@ -73,6 +73,9 @@ class StageRing {
     storage_.full[state.index].arrive_and_expect_tx(bytes);
   }
 
+  /// One arrival without bytes.
+  __device__ void arrive_full(State const& state) { storage_.full[state.index].arrive(); }
+
   __device__ uint32_t full_barrier(State const& state) const {
     return arch::shared_address(&storage_.full[state.index]);
   }
