@@ -125,23 +125,26 @@ def grouped_gemm(
         return list_call(a, b, a_scale, b_scale, out, out_dtype, bias, workspace, stream, dtype, variant)
     # With everything given, as in an inference loop: a call like one before costs a look into a dictionary.
     complete = out is not None and bias is None and stream is None and (rows is None or offsets is None)
-    if complete and run_known_torch_call(
-        a,
-        b,
-        a_scale,
-        b_scale,
-        bounds,
-        row_index,
-        row_weight,
-        out,
-        workspace,
-        rows is not None,
-        out_dtype,
-        dtype,
-        variant,
-        expected_m,
-    ):
-        return out
+    missed = None
+    if complete:
+        missed = run_known_torch_call(
+            a,
+            b,
+            a_scale,
+            b_scale,
+            bounds,
+            row_index,
+            row_weight,
+            out,
+            workspace,
+            rows is not None,
+            out_dtype,
+            dtype,
+            variant,
+            expected_m,
+        )
+        if missed is None:
+            return out
     refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
     framework = framework_of(a, "a")
     if framework == "numpy":
@@ -226,11 +229,8 @@ def grouped_gemm(
             or suspicious(plan, *addresses, start, base)
         ):
             refuse(plan, given, target)
-        elif complete and framework == "torch":
-            remember_torch_call(
-                *(plan, a, b, a_scale, b_scale, bounds, row_index, row_weight, out, workspace),
-                *(rows is not None, out_dtype, dtype, variant, expected_m),
-            )
+        elif missed is not None and framework == "torch":
+            remember_torch_call(plan, missed)
         plan.launches.run(handle, base, *addresses, *given.scale_values())
     if plan.hand_over:
         inputs = [array for name, array in given.named() if array is not None and name != "out"]
