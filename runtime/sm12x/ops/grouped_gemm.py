@@ -120,13 +120,14 @@ def grouped_gemm(
             variant=variant,
         )
     bounds = offsets if rows is None else rows
-    if bounds is None or isinstance(a, (list, tuple)):
-        refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
-        return list_call(a, b, a_scale, b_scale, out, out_dtype, bias, workspace, stream, dtype, variant)
     # With everything given, as in an inference loop: a call like one before costs a look into a dictionary.
-    complete = out is not None and bias is None and stream is None and (rows is None or offsets is None)
     missed = None
-    if complete:
+    if (
+        out is not None
+        and bias is None
+        and stream is None
+        and (offsets is None) is not (rows is None)  # one of them
+    ):
         missed = run_known_torch_call(
             a,
             b,
@@ -145,6 +146,9 @@ def grouped_gemm(
         )
         if missed is None:
             return out
+    if bounds is None or isinstance(a, (list, tuple)):
+        refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
+        return list_call(a, b, a_scale, b_scale, out, out_dtype, bias, workspace, stream, dtype, variant)
     refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
     framework = framework_of(a, "a")
     if framework == "numpy":

@@ -16,12 +16,12 @@ from .. import driver
 from .packed import PackedPlan, suspicious
 
 MAX_CALLS = 4096
-# Calls of the same shapes of a and out and the same options that differ otherwise, as in strides or devices.
+# Calls of the same shape of out and the same options that differ otherwise, as in K, strides or devices.
 MAX_ALIKE = 8
 # The guard of its tensors, its plan, what launches it, and what gives torch's current stream on a device.
 _Known = tuple[Callable[..., bool], PackedPlan, Callable[..., None], Callable[[int], int]]
 _calls: dict[Any, tuple[_Known, ...]] = {}
-_tensor_types: set[type] = set()  # guards compare types by address: those they know must live on
+_tensor_types: set[type] = set()  # of remembered calls; guards compare them by address, so they live on
 driver.clear_after_fork(_calls)
 
 # What a call that was not known leaves for `remember_torch_call`: under what, and its tensors.
@@ -48,50 +48,55 @@ def run_known_torch_call(
     """Launch the call and return None where one like it was remembered; else, or where an address needs a
     closer look, do nothing and return what remembers it. Runs on torch's current stream of the plan's device.
     """
-    start = index = weight = 0
+    start = base = index = weight = 0
     try:
-        if a_scale is b_scale:  # a guard takes no tensor twice
+        if a_scale is b_scale and type(b_scale) in _tensor_types:  # a guard takes no tensor twice
             b_scale = b_scale.detach()
-        tensors: tuple[Any, ...] = (a, b, out, bounds, a_scale, b_scale)
-        if workspace is not None:
-            tensors += (workspace,)
-            start = 1
-        if row_index is not None:
-            tensors += (row_index,)
-            index = 1
-        if row_weight is not None:
-            tensors += (row_weight,)
-            weight = 1
-        key = (a.shape, out.shape, masked, start, index, weight, out_dtype, dtype, variant, expected_m)
+        # Which of the last three there are is part of the key.
+        tensors: tuple[Any, ...]
+        if row_index is None and row_weight is None and workspace is not None:
+            tensors, given = (a, b, out, bounds, a_scale, b_scale, workspace), 1
+        else:
+            tensors, given = (a, b, out, bounds, a_scale, b_scale), 0
+            if workspace is not None:
+                tensors, given = (*tensors, workspace), 1
+            if row_index is not None:
+                tensors, given = (*tensors, row_index), given | 2
+            if row_weight is not None:
+                tensors, given = (*tensors, row_weight), given | 4
+        key = (out.shape, masked, given, out_dtype, dtype, variant, expected_m)
         known = _calls.get(key)
         if known is None:
             return key, tensors
-        # A guard ends the process at a strided nested tensor, which has no strides. `shape` raises there.
-        if b.is_nested or bounds.is_nested or a_scale.is_nested or b_scale.is_nested:
+        # A guard ends the process at a strided nested tensor, which has no strides. `out.shape` raises there.
+        if (
+            a.is_nested
+            or b.is_nested
+            or bounds.is_nested
+            or a_scale.is_nested
+            or b_scale.is_nested
+            or (workspace is not None and workspace.is_nested)
+            or (row_index is not None and row_index.is_nested)
+            or (row_weight is not None and row_weight.is_nested)
+        ):
             return _NEVER
-        if start:
-            if workspace.is_nested:
-                return _NEVER
-            start = workspace.data_ptr()
-        if index:
-            if row_index.is_nested:
-                return _NEVER
-            index = row_index.data_ptr()
-        if weight:
-            if row_weight.is_nested:
-                return _NEVER
-            weight = row_weight.data_ptr()
         for each in known:
             if each[0](*tensors):
                 break
         else:
             return key, tensors
+        _, plan, run, get_stream = each
         p, q, d, groups = a.data_ptr(), b.data_ptr(), out.data_ptr(), bounds.data_ptr()
         x, w = a_scale.data_ptr(), b_scale.data_ptr()
+        if row_index is not None:
+            index = row_index.data_ptr()
+        if row_weight is not None:
+            weight = row_weight.data_ptr()
+        if plan.needed and workspace is not None:
+            start = workspace.data_ptr()
+            base = (start + 255) & -256
     except (TypeError, AttributeError, RuntimeError):  # no tensor, not hashable, no shape, no memory:
         return _NEVER  # the long way says which
-    _, plan, run, get_stream = each
-    base = (start + 255) & -256
     if suspicious(plan, p, q, d, groups, index, x, w, 0, weight, start, base):
         return _NEVER
     run(get_stream(plan.device), base, p, q, d, groups, index, x, w, 0, weight, 1.0, 1.0)
@@ -108,6 +113,7 @@ def remember_torch_call(plan: PackedPlan, missed: Missed) -> None:
         get_stream = torch._C._cuda_getCurrentRawStream
         guards = torch._C._dynamo.guards.TensorGuards
         check = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        _tensor_types.update(map(type, tensors))
         if not check(*tensors):  # one tensor is two arguments
             return
     except (AttributeError, TypeError, RuntimeError):
@@ -115,5 +121,4 @@ def remember_torch_call(plan: PackedPlan, missed: Missed) -> None:
     alike = _calls.get(key, ())
     if not alike and len(_calls) >= MAX_CALLS:
         _calls.clear()
-    _tensor_types.update(map(type, tensors))
     _calls[key] = ((check, plan, plan.launches.run, get_stream), *alike[: MAX_ALIKE - 1])
