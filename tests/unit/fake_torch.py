@@ -33,9 +33,9 @@ class Tensor:
     is_nested = False
 
     def __init__(self, ptr, shape, dtype, strides=None, device=0):
-        self.address, self.shape, self.dtype, self.ordinal = ptr, tuple(shape), _DTYPES[dtype], device
+        self.address, self.extents, self.dtype, self.ordinal = ptr, tuple(shape), _DTYPES[dtype], device
         compact, step = [], 1
-        for extent in reversed(self.shape):
+        for extent in reversed(self.extents):
             compact.append(step)
             step *= extent
         self.steps = tuple(reversed(compact)) if strides is None else tuple(strides)
@@ -44,6 +44,12 @@ class Tensor:
 
     def detach(self):
         return copy.copy(self)
+
+    @property
+    def shape(self):
+        if self.is_nested:
+            raise RuntimeError("Internal error: NestedTensorImpl doesn't support sizes")
+        return self.extents
 
     def data_ptr(self):
         return self.address

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 
 import sm12x
 from sm12x.ops import grouped_gemm as module
-from unit.fake_driver import install
+from sm12x.ops import torch_call
+from unit.fake_driver import CONTEXT, install
 from unit.gemm_cases import STREAM, E, K, M, N, operands
 
 
@@ -159,6 +163,126 @@ def test_a_tensor_without_memory_is_named_in_a_remembered_call_too(fake):
     assert fake.launches == []
 
 
+ARGUMENTS = ("a", "b", "a_scale", "b_scale", "offsets", "out", "workspace")
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_nested_tensor_never_reaches_a_guard(remembered, name):
+    args = complete(remembered)
+    args[name].is_nested = True  # the fake's guard then raises KeyboardInterrupt, torch's ends the process
+    with pytest.raises(AssertionError, match="was taken in"):
+        sm12x.grouped_gemm(**args)
+    assert remembered.launches == []
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_tensor_that_wants_a_gradient_is_looked_at_in_full(remembered, name):
+    args = complete(remembered)
+    args[name].requires_grad = True
+    with pytest.raises(AssertionError, match="was taken in"):
+        sm12x.grouped_gemm(**args)
+
+
+def test_calls_that_differ_in_what_a_guard_sees_only_are_all_remembered_each_with_its_own_plan(
+    fake, monkeypatch
+):
+    wide = 2 * K
+    kinds = [
+        {},
+        {"a": ((M, K), "float8_e4m3fn", 0, (wide, 1))},
+        {"b": ((E, N, K), "float8_e4m3fn", 0, (N * wide, wide, 1))},
+        {"a": ((M, wide), "float8_e4m3fn"), "b": ((E, N, wide), "float8_e4m3fn")},
+        {"b_scale": ((E,), "float32")},
+        {"offsets": ((E + 1,), "int64")},
+    ]
+
+    def call(kind):
+        args = complete(fake, **{name: fake.tensor(*spec) for name, spec in kind.items()})
+        fake.launches.clear()
+        sm12x.grouped_gemm(**args)
+        p = fake.launches[0].params
+        assert (p.a, p.d) == (args["a"].address, args["out"].address)
+        return p.stride_a, p.stride_b, p.stride_b_group, p.k, p.b_scale_mode, p.offsets_are_64_bit
+
+    first = [call(kind) for kind in kinds]
+    assert len(set(first)) == len(kinds)
+    forbid_the_long_way(monkeypatch)
+    for number in (5, 0, 3, 3, 1, 4, 2, 0, 5):
+        assert call(kinds[number]) == first[number]
+
+
+def test_a_device_s_call_is_not_taken_for_another_s(fake):
+    fake.streams[1] = STREAM + 64
+
+    def call(device):
+        specs = {
+            "a": ((M, K), "float8_e4m3fn"),
+            "b": ((E, N, K), "float8_e4m3fn"),
+            "offsets": ((E + 1,), "int32"),
+            "a_scale": ((M,), "float32"),
+            "b_scale": ((E, N), "float32"),
+            "out": ((M, N), "bfloat16"),
+            "workspace": ((sm12x.workspace_size(E),), "uint8"),
+        }
+        fake.launches.clear()
+        sm12x.grouped_gemm(**{name: fake.tensor(*spec, device) for name, spec in specs.items()})
+        return {(each.context, each.stream) for each in fake.launches}
+
+    for device in (0, 1, 1, 0, 1):
+        assert call(device) == {(CONTEXT + device, STREAM + 64 * device)}
+
+
+def test_what_is_kept_of_calls_that_look_alike_has_an_end(fake):
+    count = torch_call.MAX_ALIKE
+    for step in range(1, count + 4):
+        a = fake.tensor((M, K), "float8_e4m3fn", 0, (16 * step + K, 1))
+        sm12x.grouped_gemm(**complete(fake, a=a))
+        ((alike),) = torch_call._calls.values()
+        assert len(alike) == min(step, count)
+
+
+def test_one_tensor_as_both_scales_is_remembered(fake, monkeypatch):
+    def call():
+        one = fake.tensor((1,), "float32")
+        args = complete(fake, a_scale=one, b_scale=one)
+        fake.launches.clear()
+        sm12x.grouped_gemm(**args)
+        p = fake.launches[0].params
+        assert p.a_scale == p.b_scale == one.address
+
+    call()  # teaches the type of tensors
+    call()
+    forbid_the_long_way(monkeypatch)
+    call()
+
+
+def test_one_tensor_as_two_other_arguments_takes_the_long_way(fake):
+    m = 32
+    shapes = {"a": ((m, K), "float8_e4m3fn"), "out": ((m, N), "bfloat16"), "a_scale": ((m,), "float32")}
+    for _ in range(3):
+        args = complete(fake, **{name: fake.tensor(*spec) for name, spec in shapes.items()})
+        args["b_scale"] = fake.tensor((E,), "float32")
+        args["workspace"] = args["a_scale"] = fake.tensor((1,), "float32")
+        with pytest.raises(ValueError, match="^workspace: expected at least"):
+            sm12x.grouped_gemm(**args)
+
+
+@pytest.mark.parametrize("missing", ["_dynamo", "_cuda_getCurrentRawStream"])
+def test_a_torch_without_what_the_short_way_needs_takes_the_long_one(fake, missing):
+    torch = sys.modules["torch"]
+    delattr(torch._C, missing)
+    torch.cuda = types.SimpleNamespace(
+        current_stream=lambda device: types.SimpleNamespace(cuda_stream=fake.streams[device])
+    )
+    for _ in range(3):
+        args = complete(fake)
+        fake.launches.clear()
+        sm12x.grouped_gemm(**args)
+        assert fake.launches[0].params.a == args["a"].address
+        assert {each.stream for each in fake.launches} == {STREAM}
+    assert torch_call._calls == {}
+
+
 # The family fp8_packed: one launch, with rows gathered, weighted or masked.
 
 T, MAX_M = 7, 24
@@ -277,6 +401,39 @@ def test_a_lazily_negated_weight_is_not_mistaken_for_a_plain_one(packed, monkeyp
     args["row_weight"].is_neg = lambda: True
     with pytest.raises(AssertionError, match="was taken in"):
         sm12x.grouped_gemm(**args)
+
+
+@pytest.mark.parametrize("name", ["row_index", "row_weight", "rows"])
+def test_nested_rows_never_reach_a_guard(packed, monkeypatch, name):
+    make = masked if name == "rows" else gathered
+    sm12x.grouped_gemm(**make(packed))
+    packed.launches.clear()
+    forbid_the_long_way(monkeypatch)
+    args = make(packed)
+    args[name].is_nested = True
+    with pytest.raises(AssertionError, match="was taken in"):
+        sm12x.grouped_gemm(**args)
+    assert packed.launches == []
+
+
+@pytest.mark.parametrize("absent", ["row_index", "row_weight"])
+def test_an_index_and_a_weight_do_not_stand_for_each_other(packed, absent):
+    """One of the two is given, as many tensors either way."""
+
+    def call(absent):
+        args = gathered(packed)
+        args["a"] = packed.tensor((M, K), "float8_e4m3fn")
+        args["a_scale"] = packed.tensor((M,), "float32")
+        args[absent] = None
+        packed.launches.clear()
+        sm12x.grouped_gemm(**args)
+        p = packed.launches[0].params
+        for name in ("row_index", "row_weight"):
+            assert getattr(p, name) == (0 if name == absent else args[name].address)
+
+    other = {"row_index": "row_weight", "row_weight": "row_index"}[absent]
+    for each in (absent, other, absent, absent, other, other):
+        call(each)
 
 
 @pytest.mark.parametrize("name", ["row_index", "row_weight", "rows"])
