@@ -65,6 +65,10 @@ class Tensor:
         return "cpu" if self.ordinal < 0 else f"cuda:{self.ordinal}"
 
 
+class Ended(BaseException):
+    """The process would have ended here."""
+
+
 class TensorGuards:
     """torch.compile's, which knows again tensors that differ in nothing but addresses and values."""
 
@@ -76,7 +80,7 @@ class TensorGuards:
         if not isinstance(tensor, Tensor):
             return type(tensor)
         if tensor.is_nested:  # torch ends the process
-            raise KeyboardInterrupt("a guard was asked about a nested tensor")
+            raise Ended("a guard was asked about a nested tensor")
         facts = tensor.shape, tensor.dtype, tensor.device, tensor.stride(), tensor.is_neg()
         return type(tensor), tensor.requires_grad, *facts
 

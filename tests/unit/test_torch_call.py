@@ -169,7 +169,7 @@ ARGUMENTS = ("a", "b", "a_scale", "b_scale", "offsets", "out", "workspace")
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_nested_tensor_never_reaches_a_guard(remembered, name):
     args = complete(remembered)
-    args[name].is_nested = True  # the fake's guard then raises KeyboardInterrupt, torch's ends the process
+    args[name].is_nested = True  # the fake's guard then raises Ended, torch's ends the process
     with pytest.raises(AssertionError, match="was taken in"):
         sm12x.grouped_gemm(**args)
     assert remembered.launches == []
@@ -414,6 +414,25 @@ def test_nested_rows_never_reach_a_guard(packed, monkeypatch, name):
     with pytest.raises(AssertionError, match="was taken in"):
         sm12x.grouped_gemm(**args)
     assert packed.launches == []
+
+
+def test_calls_with_more_or_fewer_arrays_are_all_remembered(packed, monkeypatch):
+    absents = [(), ("workspace",), ("row_index",), ("row_weight",), ("workspace", "row_index", "row_weight")]
+
+    def call(absent):
+        args = gathered(packed)
+        if "row_index" in absent:
+            args["a"] = packed.tensor((M, K), "float8_e4m3fn")
+            args["a_scale"] = packed.tensor((M,), "float32")
+        sm12x.grouped_gemm(**{**args, **dict.fromkeys(absent)})
+
+    for absent in absents:
+        call(absent)
+    forbid_the_long_way(monkeypatch)
+    packed.launches.clear()
+    for absent in absents[::-1] + absents:
+        call(absent)
+    assert len(packed.launches) == 2 * len(absents)
 
 
 @pytest.mark.parametrize("absent", ["row_index", "row_weight"])
