@@ -52,11 +52,9 @@ def run_known_torch_call(
     try:
         if a_scale is b_scale and type(b_scale) in _tensor_types:  # a guard takes no tensor twice
             b_scale = b_scale.detach()
-        # Which of the last three there are is part of the key.
+        # Which of the last three there are is part of the key. The most frequent are written out.
         tensors: tuple[Any, ...]
-        if row_index is None and row_weight is None and workspace is not None:
-            tensors, given = (a, b, out, bounds, a_scale, b_scale, workspace), 1
-        else:
+        if workspace is None or (row_index is None) is not (row_weight is None):
             tensors, given = (a, b, out, bounds, a_scale, b_scale), 0
             if workspace is not None:
                 tensors, given = (*tensors, workspace), 1
@@ -64,6 +62,10 @@ def run_known_torch_call(
                 tensors, given = (*tensors, row_index), given | 2
             if row_weight is not None:
                 tensors, given = (*tensors, row_weight), given | 4
+        elif row_index is None:
+            tensors, given = (a, b, out, bounds, a_scale, b_scale, workspace), 1
+        else:
+            tensors, given = (a, b, out, bounds, a_scale, b_scale, workspace, row_index, row_weight), 7
         key = (out.shape, masked, given, out_dtype, dtype, variant, expected_m)
         known = _calls.get(key)
         if known is None:
