@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import types
 
@@ -9,7 +10,9 @@ import pytest
 
 import sm12x
 from sm12x.ops import grouped_gemm as module
+from sm12x.ops import packed as packed_module
 from sm12x.ops import torch_call
+from unit import fake_torch
 from unit.fake_driver import CONTEXT, install
 from unit.gemm_cases import STREAM, E, K, M, N, operands
 
@@ -281,6 +284,55 @@ def test_a_torch_without_what_the_short_way_needs_takes_the_long_one(fake, missi
         assert fake.launches[0].params.a == args["a"].address
         assert {each.stream for each in fake.launches} == {STREAM}
     assert torch_call._calls == {}
+
+
+class Placed:
+    """A plan of a call whose arrays lie close together, that writes down what is launched."""
+
+    def __init__(self, chance):
+        self.device, self.runs = 0, []
+        self.span_a, self.span_b, self.span_d = (16 * chance.randrange(1, 4) for _ in range(3))
+        self.needed = chance.choice((0, 0, 32, 64))
+        self.workspace_bytes = 512
+        self.bounds_mask, self.index_mask, self.bias_mask = chance.choice((3, 7)), chance.choice((3, 7)), 0
+        self.gathers = self.weighted = chance.random() < 0.5
+        self.launches = types.SimpleNamespace(run=lambda *given: self.runs.append(given))
+
+
+def test_a_known_call_is_launched_just_where_its_addresses_are_not_suspicious(fake):
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    seen = {True: 0, False: 0}
+    for _ in range(4000):
+        plan = Placed(chance)
+        names = ["a", "b", "a_scale", "b_scale", "bounds", "row_index", "row_weight", "out", "workspace"]
+        start = 0x7F00_0000_0000
+        odd = chance.choice((0, 0, 0.1))  # how many addresses are anything
+        given = {}
+        for name in names:
+            address = start + 16 * chance.randrange(64)
+            if chance.random() < odd:
+                address = chance.choice((0, address + chance.randrange(16)))
+            given[name] = fake_torch.Tensor(address, (len(given) + 1,), "uint8")
+        if not plan.gathers:
+            given["row_index"] = given["row_weight"] = None
+        options = (False, "bfloat16", None, None, None)
+        torch_call._calls.clear()
+        torch_call.remember_torch_call(plan, torch_call.run_known_torch_call(*given.values(), *options))
+        (known,) = torch_call._calls.values()
+        assert len(known) == 1
+        at = {name: 0 if tensor is None else tensor.address for name, tensor in given.items()}
+        scratch = at["workspace"] if plan.needed else 0
+        bad = packed_module.suspicious(
+            *(plan, at["a"], at["b"], at["out"], at["bounds"], at["row_index"], at["a_scale"]),
+            *(at["b_scale"], 0, at["row_weight"], scratch, (scratch + 255) & -256),
+        )
+        launched = torch_call.run_known_torch_call(*given.values(), *options) is None
+        assert launched is not bad, (at, vars(plan))
+        assert len(plan.runs) == launched
+        seen[bad] += 1
+    assert min(seen.values()) > 400
 
 
 # The family fp8_packed: one launch, with rows gathered, weighted or masked.

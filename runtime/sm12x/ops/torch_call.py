@@ -99,7 +99,16 @@ def run_known_torch_call(
             base = (start + 255) & -256
     except (TypeError, AttributeError, RuntimeError):  # no tensor, not hashable, no shape, no memory:
         return _NEVER  # the long way says which
-    if suspicious(plan, p, q, d, groups, index, x, w, 0, weight, start, base):
+    # `suspicious` decides. Calling it costs more than to see here that nothing is near anything it looks for.
+    if (
+        start
+        or (p | q | d | groups | index | x | w | weight) & 15
+        or not (p and q and d and groups)
+        or (index == 0) is plan.gathers
+        or (weight == 0) is plan.weighted
+        or (d < p + plan.span_a and p < d + plan.span_d)
+        or (d < q + plan.span_b and q < d + plan.span_d)
+    ) and suspicious(plan, p, q, d, groups, index, x, w, 0, weight, start, base):
         return _NEVER
     run(get_stream(plan.device), base, p, q, d, groups, index, x, w, 0, weight, 1.0, 1.0)
     return None
