@@ -13,7 +13,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -40,6 +40,8 @@ _HOT = (
     "cuTensorMapEncodeTiled",
     "cuTensorMapReplaceAddress",
 )
+# Of these, what neither waits for anything nor calls back. A launch waits where the device's queue is full.
+_BRIEF = ("cuCtxGetCurrent", "cuTensorMapReplaceAddress")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class Driver:
     names the cubins that it takes, None for those of this installation's CUDA.
 
     The functions in `hot` are called without argument types, which halves their cost: addresses and handles
-    must be passed as c_void_p, or they are cut to 32 bits.
+    must be passed as `pointer` makes them or as c_void_p, or they are cut to 32 bits. Those in _BRIEF keep
+    Python's lock, which takes longer to give up and get back than they run.
 
     The emulator is another one of these: `sm12x.emulator.driver`.
     """
@@ -57,6 +60,7 @@ class Driver:
     version: int
     hot: Any
     major: str | None = None
+    pointer: Callable[[int], Any] = ctypes.c_void_p.from_param  # as ctypes wants it: c_void_p takes longer
 
     def call(self, name: str, *arguments: Any, variant: str | None = None) -> Any:
         """Call `bindings.<name>` and return its result: None for none, a tuple for several.
@@ -121,6 +125,10 @@ def _load_library() -> Any:
     if sys.platform == "win32":
         return ctypes.WinDLL("nvcuda.dll")
     return ctypes.CDLL("libcuda.so.1")
+
+
+def _keeping_lock(function: Any) -> Any:
+    return ctypes.PYFUNCTYPE(ctypes.c_int)(ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
 def clear_after_fork(cache: MutableMapping[Any, Any]) -> None:
@@ -191,6 +199,8 @@ def _open() -> Driver:
         )
     try:
         hot = SimpleNamespace(**{name: getattr(library, name) for name in _HOT})
+        for name in _BRIEF:
+            setattr(hot, name, _keeping_lock(getattr(hot, name)))
     except AttributeError as error:
         raise DriverError(f"the NVIDIA driver is too old ({error}): {advice}") from error
     return Driver(bindings, int(version), hot)

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="the GPU tests make their references
 from packed_call import PackedCall, make_call  # noqa: E402
 
 import sm12x  # noqa: E402
+from sm12x.ops import grouped_gemm as grouped_gemm_module  # noqa: E402
 
 SLEEP_CYCLES = 200_000_000  # about 0.1 s
 FP8 = "float8_e4m3fn"
@@ -73,6 +74,35 @@ class TestTorch:
         call = make_call(seed)
         weight = torch.nn.Parameter(call.problem.b, requires_grad=False)
         call.check(call(b=weight, offsets=call.offsets.to(torch.int64)), "nn.Parameter")
+
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+    def test_a_second_call_takes_no_tensor_in(
+        self, seed: int, mode: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It costs a third of the first way, and but for the time nothing else would tell."""
+        call = make_call(seed)
+
+        def arguments() -> dict[str, Any]:
+            out = call.poisoned_out().out
+            return {"out": out, "a": call.problem.a.clone(), "b_scale": call.b_scale[:]}
+
+        with mode():
+            call(**arguments())
+            monkeypatch.setattr(grouped_gemm_module, "ingest", None)
+            for _ in range(3):
+                call.check(call(**arguments()), "again")
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("name", ["a", "b", "a_scale", "b_scale", "offsets", "out"])
+    def test_a_nested_tensor_in_a_second_call_is_named(self, seed: int, name: str) -> None:
+        """torch's guards end the process there."""
+        call = make_call(seed)
+        out = call.poisoned_out().out
+        call(out=out)
+        nested = torch.nested.nested_tensor([torch.ones(3, device="cuda")])
+        with pytest.raises(TypeError, match=f"^{name}: expected a strided tensor|^{name}: expected a dtype"):
+            call(**{"out": out, name: nested})
+        call.check(call(out=out), "after")
 
 
 class Dlpack:

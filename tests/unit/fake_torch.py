@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 BASE = 0x7F00_8000_0000  # addresses beyond 32 bits, as real ones are
@@ -29,16 +30,26 @@ class Tensor:
 
     __module__ = "torch"
     is_neg = staticmethod(lambda: False)
+    is_nested = False
 
     def __init__(self, ptr, shape, dtype, strides=None, device=0):
-        self.address, self.shape, self.dtype, self.ordinal = ptr, tuple(shape), _DTYPES[dtype], device
+        self.address, self.extents, self.dtype, self.ordinal = ptr, tuple(shape), _DTYPES[dtype], device
         compact, step = [], 1
-        for extent in reversed(self.shape):
+        for extent in reversed(self.extents):
             compact.append(step)
             step *= extent
         self.steps = tuple(reversed(compact)) if strides is None else tuple(strides)
         self.is_cuda, self.is_cpu = device >= 0, device < 0
         self.requires_grad = False
+
+    def detach(self):
+        return copy.copy(self)
+
+    @property
+    def shape(self):
+        if self.is_nested:
+            raise RuntimeError("Internal error: NestedTensorImpl doesn't support sizes")
+        return self.extents
 
     def data_ptr(self):
         return self.address
@@ -52,6 +63,32 @@ class Tensor:
     @property
     def device(self):
         return "cpu" if self.ordinal < 0 else f"cuda:{self.ordinal}"
+
+
+class Ended(BaseException):
+    """The process would have ended here."""
+
+
+class TensorGuards:
+    """torch.compile's, which knows again tensors that differ in nothing but addresses and values."""
+
+    def __init__(self, *tensors, dynamic_dims_sizes, dynamic_dims_strides):
+        assert (dynamic_dims_sizes, dynamic_dims_strides) == (None, None)
+        self.seen = [self._facts(each) for each in tensors]
+
+    def _facts(self, tensor):
+        if not isinstance(tensor, Tensor):
+            return type(tensor)
+        if tensor.is_nested:  # torch ends the process
+            raise Ended("a guard was asked about a nested tensor")
+        facts = tensor.shape, tensor.dtype, tensor.device, tensor.stride(), tensor.is_neg()
+        return type(tensor), tensor.requires_grad, *facts
+
+    def check(self, *tensors):
+        if len(tensors) != len(self.seen):
+            raise TypeError("wrong length")
+        unique = len({id(each) for each in tensors}) == len(tensors)
+        return unique and [self._facts(each) for each in tensors] == self.seen
 
 
 class Memory:
@@ -79,6 +116,9 @@ def fake_torch(memory, streams):
     torch.Tensor = Tensor
     for name, dtype in _DTYPES.items():
         setattr(torch, name, dtype)
-    torch._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda device: streams.get(device, 0))
+    torch._C = types.SimpleNamespace(
+        _cuda_getCurrentRawStream=lambda device: streams.get(device, 0),
+        _dynamo=types.SimpleNamespace(guards=types.SimpleNamespace(TensorGuards=TensorGuards)),
+    )
     torch.empty = lambda shape, dtype, device: memory.tensor(shape, dtype.name, device)
     return torch

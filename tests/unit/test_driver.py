@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -315,3 +316,24 @@ def test_after_fork_there_is_a_clear_error_and_no_hang(fake):
     assert f"initialised by sm12x in process {os.getpid()} before it forked" in message
     assert "spawn" in message
     assert driver.get_device(0) is device, "the parent goes on"
+
+
+def test_launches_let_other_threads_run_and_the_brief_calls_beside_them_do_not(fake):
+    """A full queue blocks a launch until the device gets on, and a callback of it may want Python's lock."""
+    hot = driver.get_driver().hot
+    keeps_lock = 4  # ctypes' FUNCFLAG_PYTHONAPI
+    for name in ("cuLaunchKernel", "cuLaunchKernelEx"):
+        assert not getattr(hot, name)._flags_ & keeps_lock, name
+    for name in ("cuCtxGetCurrent", "cuTensorMapReplaceAddress"):
+        assert getattr(hot, name)._flags_ & keeps_lock, name
+
+
+def test_prepared_pointers_are_not_cut(fake):
+    """Functions of the driver have no argument types."""
+    seen = []
+    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda p: seen.append(p) or 0)
+    function = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.cast(callback, ctypes.c_void_p).value)
+    made = driver.get_driver()
+    assert function(made.pointer(0x7F12_3456_789A)) == 0
+    assert driver._keeping_lock(function)(made.pointer(0x7F12_3456_789A)) == 0
+    assert seen == [0x7F12_3456_789A] * 2

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import random
+import sys
+import types
+
 import pytest
 
 import sm12x
 from sm12x.ops import grouped_gemm as module
-from unit.fake_driver import install
+from sm12x.ops import packed as packed_module
+from sm12x.ops import torch_call
+from unit import fake_torch
+from unit.fake_driver import CONTEXT, install
 from unit.gemm_cases import STREAM, E, K, M, N, operands
 
 
@@ -159,6 +166,175 @@ def test_a_tensor_without_memory_is_named_in_a_remembered_call_too(fake):
     assert fake.launches == []
 
 
+ARGUMENTS = ("a", "b", "a_scale", "b_scale", "offsets", "out", "workspace")
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_nested_tensor_never_reaches_a_guard(remembered, name):
+    args = complete(remembered)
+    args[name].is_nested = True  # the fake's guard then raises Ended, torch's ends the process
+    with pytest.raises(AssertionError, match="was taken in"):
+        sm12x.grouped_gemm(**args)
+    assert remembered.launches == []
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_tensor_that_wants_a_gradient_is_looked_at_in_full(remembered, name):
+    args = complete(remembered)
+    args[name].requires_grad = True
+    with pytest.raises(AssertionError, match="was taken in"):
+        sm12x.grouped_gemm(**args)
+
+
+def test_calls_that_differ_in_what_a_guard_sees_only_are_all_remembered_each_with_its_own_plan(
+    fake, monkeypatch
+):
+    wide = 2 * K
+    kinds = [
+        {},
+        {"a": ((M, K), "float8_e4m3fn", 0, (wide, 1))},
+        {"b": ((E, N, K), "float8_e4m3fn", 0, (N * wide, wide, 1))},
+        {"a": ((M, wide), "float8_e4m3fn"), "b": ((E, N, wide), "float8_e4m3fn")},
+        {"b_scale": ((E,), "float32")},
+        {"offsets": ((E + 1,), "int64")},
+    ]
+
+    def call(kind):
+        args = complete(fake, **{name: fake.tensor(*spec) for name, spec in kind.items()})
+        fake.launches.clear()
+        sm12x.grouped_gemm(**args)
+        p = fake.launches[0].params
+        assert (p.a, p.d) == (args["a"].address, args["out"].address)
+        return p.stride_a, p.stride_b, p.stride_b_group, p.k, p.b_scale_mode, p.offsets_are_64_bit
+
+    first = [call(kind) for kind in kinds]
+    assert len(set(first)) == len(kinds)
+    forbid_the_long_way(monkeypatch)
+    for number in (5, 0, 3, 3, 1, 4, 2, 0, 5):
+        assert call(kinds[number]) == first[number]
+
+
+def test_a_device_s_call_is_not_taken_for_another_s(fake):
+    fake.streams[1] = STREAM + 64
+
+    def call(device):
+        specs = {
+            "a": ((M, K), "float8_e4m3fn"),
+            "b": ((E, N, K), "float8_e4m3fn"),
+            "offsets": ((E + 1,), "int32"),
+            "a_scale": ((M,), "float32"),
+            "b_scale": ((E, N), "float32"),
+            "out": ((M, N), "bfloat16"),
+            "workspace": ((sm12x.workspace_size(E),), "uint8"),
+        }
+        fake.launches.clear()
+        sm12x.grouped_gemm(**{name: fake.tensor(*spec, device) for name, spec in specs.items()})
+        return {(each.context, each.stream) for each in fake.launches}
+
+    for device in (0, 1, 1, 0, 1):
+        assert call(device) == {(CONTEXT + device, STREAM + 64 * device)}
+
+
+def test_what_is_kept_of_calls_that_look_alike_has_an_end(fake):
+    count = torch_call.MAX_ALIKE
+    for step in range(1, count + 4):
+        a = fake.tensor((M, K), "float8_e4m3fn", 0, (16 * step + K, 1))
+        sm12x.grouped_gemm(**complete(fake, a=a))
+        ((alike),) = torch_call._calls.values()
+        assert len(alike) == min(step, count)
+
+
+def test_one_tensor_as_both_scales_is_remembered(fake, monkeypatch):
+    def call():
+        one = fake.tensor((1,), "float32")
+        args = complete(fake, a_scale=one, b_scale=one)
+        fake.launches.clear()
+        sm12x.grouped_gemm(**args)
+        p = fake.launches[0].params
+        assert p.a_scale == p.b_scale == one.address
+
+    call()  # teaches the type of tensors
+    call()
+    forbid_the_long_way(monkeypatch)
+    call()
+
+
+def test_one_tensor_as_two_other_arguments_takes_the_long_way(fake):
+    m = 32
+    shapes = {"a": ((m, K), "float8_e4m3fn"), "out": ((m, N), "bfloat16"), "a_scale": ((m,), "float32")}
+    for _ in range(3):
+        args = complete(fake, **{name: fake.tensor(*spec) for name, spec in shapes.items()})
+        args["b_scale"] = fake.tensor((E,), "float32")
+        args["workspace"] = args["a_scale"] = fake.tensor((1,), "float32")
+        with pytest.raises(ValueError, match="^workspace: expected at least"):
+            sm12x.grouped_gemm(**args)
+
+
+@pytest.mark.parametrize("missing", ["_dynamo", "_cuda_getCurrentRawStream"])
+def test_a_torch_without_what_the_short_way_needs_takes_the_long_one(fake, missing):
+    torch = sys.modules["torch"]
+    delattr(torch._C, missing)
+    torch.cuda = types.SimpleNamespace(
+        current_stream=lambda device: types.SimpleNamespace(cuda_stream=fake.streams[device])
+    )
+    for _ in range(3):
+        args = complete(fake)
+        fake.launches.clear()
+        sm12x.grouped_gemm(**args)
+        assert fake.launches[0].params.a == args["a"].address
+        assert {each.stream for each in fake.launches} == {STREAM}
+    assert torch_call._calls == {}
+
+
+class Placed:
+    """A plan of a call whose arrays lie close together, that writes down what is launched."""
+
+    def __init__(self, chance):
+        self.device, self.runs = 0, []
+        self.span_a, self.span_b, self.span_d = (16 * chance.randrange(1, 4) for _ in range(3))
+        self.needed = chance.choice((0, 0, 32, 64))
+        self.workspace_bytes = 512
+        self.bounds_mask, self.index_mask, self.bias_mask = chance.choice((3, 7)), chance.choice((3, 7)), 0
+        self.gathers = self.weighted = chance.random() < 0.5
+        self.launches = types.SimpleNamespace(run=lambda *given: self.runs.append(given))
+
+
+def test_a_known_call_is_launched_just_where_its_addresses_are_not_suspicious(fake):
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    seen = {True: 0, False: 0}
+    for _ in range(4000):
+        plan = Placed(chance)
+        names = ["a", "b", "a_scale", "b_scale", "bounds", "row_index", "row_weight", "out", "workspace"]
+        start = 0x7F00_0000_0000
+        odd = chance.choice((0, 0, 0.1))  # how many addresses are anything
+        given = {}
+        for name in names:
+            address = start + 16 * chance.randrange(64)
+            if chance.random() < odd:
+                address = chance.choice((0, address + chance.randrange(16)))
+            given[name] = fake_torch.Tensor(address, (len(given) + 1,), "uint8")
+        if not plan.gathers:
+            given["row_index"] = given["row_weight"] = None
+        options = (False, "bfloat16", None, None, None)
+        torch_call._calls.clear()
+        torch_call.remember_torch_call(plan, torch_call.run_known_torch_call(*given.values(), *options))
+        (known,) = torch_call._calls.values()
+        assert len(known) == 1
+        at = {name: 0 if tensor is None else tensor.address for name, tensor in given.items()}
+        scratch = at["workspace"] if plan.needed else 0
+        bad = packed_module.suspicious(
+            *(plan, at["a"], at["b"], at["out"], at["bounds"], at["row_index"], at["a_scale"]),
+            *(at["b_scale"], 0, at["row_weight"], scratch, (scratch + 255) & -256),
+        )
+        launched = torch_call.run_known_torch_call(*given.values(), *options) is None
+        assert launched is not bad, (at, vars(plan))
+        assert len(plan.runs) == launched
+        seen[bad] += 1
+    assert min(seen.values()) > 400
+
+
 # The family fp8_packed: one launch, with rows gathered, weighted or masked.
 
 T, MAX_M = 7, 24
@@ -277,6 +453,58 @@ def test_a_lazily_negated_weight_is_not_mistaken_for_a_plain_one(packed, monkeyp
     args["row_weight"].is_neg = lambda: True
     with pytest.raises(AssertionError, match="was taken in"):
         sm12x.grouped_gemm(**args)
+
+
+@pytest.mark.parametrize("name", ["row_index", "row_weight", "rows"])
+def test_nested_rows_never_reach_a_guard(packed, monkeypatch, name):
+    make = masked if name == "rows" else gathered
+    sm12x.grouped_gemm(**make(packed))
+    packed.launches.clear()
+    forbid_the_long_way(monkeypatch)
+    args = make(packed)
+    args[name].is_nested = True
+    with pytest.raises(AssertionError, match="was taken in"):
+        sm12x.grouped_gemm(**args)
+    assert packed.launches == []
+
+
+def test_calls_with_more_or_fewer_arrays_are_all_remembered(packed, monkeypatch):
+    absents = [(), ("workspace",), ("row_index",), ("row_weight",), ("workspace", "row_index", "row_weight")]
+
+    def call(absent):
+        args = gathered(packed)
+        if "row_index" in absent:
+            args["a"] = packed.tensor((M, K), "float8_e4m3fn")
+            args["a_scale"] = packed.tensor((M,), "float32")
+        sm12x.grouped_gemm(**{**args, **dict.fromkeys(absent)})
+
+    for absent in absents:
+        call(absent)
+    forbid_the_long_way(monkeypatch)
+    packed.launches.clear()
+    for absent in absents[::-1] + absents:
+        call(absent)
+    assert len(packed.launches) == 2 * len(absents)
+
+
+@pytest.mark.parametrize("absent", ["row_index", "row_weight"])
+def test_an_index_and_a_weight_do_not_stand_for_each_other(packed, absent):
+    """One of the two is given, as many tensors either way."""
+
+    def call(absent):
+        args = gathered(packed)
+        args["a"] = packed.tensor((M, K), "float8_e4m3fn")
+        args["a_scale"] = packed.tensor((M,), "float32")
+        args[absent] = None
+        packed.launches.clear()
+        sm12x.grouped_gemm(**args)
+        p = packed.launches[0].params
+        for name in ("row_index", "row_weight"):
+            assert getattr(p, name) == (0 if name == absent else args[name].address)
+
+    other = {"row_index": "row_weight", "row_weight": "row_index"}[absent]
+    for each in (absent, other, absent, absent, other, other):
+        call(each)
 
 
 @pytest.mark.parametrize("name", ["row_index", "row_weight", "rows"])

@@ -353,7 +353,8 @@ class Emulator:
         threads = block[0] * block[1] * block[2]
         if min(*grid, *block) < 1 or threads > 1024 or dynamic > found.dynamic_shared or extra is not None:
             return INVALID_VALUE
-        params = ctypes.string_at(arguments[0], found.program.layout.parameter_bytes)
+        first = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
+        params = ctypes.string_at(first, found.program.layout.parameter_bytes)
         library, running, options = found.library, session.active(), session.options()
         watched = None if running is None else running.progress
         counts = Collector(running.touched) if running is not None and options.counters else None
@@ -468,7 +469,8 @@ def get_driver() -> runtime.Driver:
         cuTensorMapReplaceAddress=made.replace_address,
     )
     # The PTX is the same whatever CUDA the cubins are for: those that are here will do.
-    return runtime.Driver(bindings, VERSION, hot, manifest.wheel_major() or manifest.MAJORS[-1])
+    major = manifest.wheel_major() or manifest.MAJORS[-1]
+    return runtime.Driver(bindings, VERSION, hot, major, ctypes.c_void_p)
 
 
 def lock() -> threading.RLock:

@@ -27,7 +27,8 @@ from .operands import Operands
 _Params = abi.sm12x_packed_params
 _MAP_A, _MAP_B = _Params.map_a.offset, _Params.map_b.offset
 # a, d, bounds, row_index, a_scale, b_scale, bias, row_weight, partials, counters lie behind each other.
-_pack_addresses = struct.Struct("=10Q").pack_into
+# N, size_t, takes struct half as long as Q; sm12x runs on 64-bit hosts only, where they are the same.
+_pack_addresses = struct.Struct("@10N").pack_into
 _ADDRESSES_AT = _Params.a.offset
 _pack_values = struct.Struct("=2f").pack_into
 _VALUES_AT = _Params.a_scale_value.offset
@@ -41,7 +42,6 @@ class _Slot:
     __slots__ = (
         "_keep",
         "a",
-        "address_a",
         "address_b",
         "b",
         "config",
@@ -63,18 +63,22 @@ class _Slot:
         self.context = ctypes.c_void_p()
         self.context_at = ctypes.byref(self.context)
         self.a = self.b = -1  # where the maps point; none are addresses
-        self.address_a, self.address_b = ctypes.c_void_p(), ctypes.c_void_p()
-        hot = made.device.driver.hot
+        self.address_b = ctypes.c_void_p()
+        hot, pointer = made.device.driver.hot, made.device.driver.pointer
         replace = hot.cuTensorMapReplaceAddress
-        self.replace_a = partial(replace, ctypes.c_void_p(block.address + _MAP_A), self.address_a)
+        # What the map of a shall point at is read where the parameters have it.
+        address_a = ctypes.c_void_p.from_address(block.address + _Params.a.offset)
+        self.replace_a: Callable[[], int] = partial(replace, pointer(block.address + _MAP_A), address_a)
         self.replace_b = [
-            partial(replace, ctypes.c_void_p(block.address + at), self.address_b)
+            partial(replace, pointer(block.address + at), self.address_b)
             for at in range(_MAP_B, _MAP_B + made.weight_bytes, BYTES)
         ]
         self.weights = self.memory[_MAP_B : _MAP_B + made.weight_bytes]
-        at = ctypes.c_void_p(ctypes.addressof(self.config))
-        function = ctypes.c_void_p(made.function)
-        self.launch: Callable[[], int] = partial(hot.cuLaunchKernelEx, at, function, block.arguments, None)
+        at = pointer(ctypes.addressof(self.config))
+        arguments = pointer(ctypes.addressof(block.arguments))
+        self.launch: Callable[[], int] = partial(
+            hot.cuLaunchKernelEx, at, pointer(made.function), arguments, None
+        )
         self._keep = block
 
 
@@ -119,9 +123,10 @@ class PackedLaunch:
         row_weight: int,
         a_value: float,
         b_value: float,
+        entered: bool = False,
     ) -> None:
         """Launch a call on `stream`, given its addresses. `workspace` 0: where one is needed, it is allocated
-        and freed in stream order.
+        and freed in stream order. `entered`: the device's context is current, and bounds were checked.
 
         Raises CudaError, and with SM12X_CHECK ValueError for bad offsets or counts.
         """
@@ -140,27 +145,37 @@ class PackedLaunch:
             slot = self.slots.pop()
         except IndexError:
             slot = _Slot(self)
+        if not entered and (
+            self.get_context(slot.context_at) or slot.context.value != self.context or launch.CHECK
+        ):
+            self.slots.append(slot)
+            with driver.current(self.device):
+                if launch.CHECK:
+                    self._check_bounds(bounds, stream)
+                self.run(
+                    *(stream, workspace, a, b, d, bounds, row_index),
+                    *(a_scale, b_scale, bias, row_weight, a_value, b_value, True),
+                )
+            return
         _pack_addresses(
             slot.memory,
             _ADDRESSES_AT,
-            *(a, d, bounds, row_index, a_scale, b_scale, bias, row_weight, partials, counters),
+            a,
+            d,
+            bounds,
+            row_index,
+            a_scale,
+            b_scale,
+            bias,
+            row_weight,
+            partials,
+            counters,
         )
         if self.by_value:
             _pack_values(slot.memory, _VALUES_AT, a_value, b_value)
         if slot.stream != stream:
             slot.stream = slot.config.stream = stream
-        if self.get_context(slot.context_at) or slot.context.value != self.context or launch.CHECK:
-            with driver.current(self.device):
-                if launch.CHECK:
-                    self._check_bounds(bounds, stream)
-                self._enqueue(slot, a, b)
-        else:
-            self._enqueue(slot, a, b)
-        self.slots.append(slot)
-
-    def _enqueue(self, slot: _Slot, a: int, b: int) -> None:
-        if a != slot.a and not self.gathers:
-            slot.address_a.value = a
+        if not self.gathers and a != slot.a:
             status = slot.replace_a()
             if status:
                 raise self._error("cuTensorMapReplaceAddress", status)
@@ -174,6 +189,7 @@ class PackedLaunch:
         status = slot.launch()
         if status:
             raise self._error("cuLaunchKernelEx", status)
+        self.slots.append(slot)
 
     def _point_at_weights(self, slot: _Slot, b: int) -> bytes:
         slot.address_b.value = b

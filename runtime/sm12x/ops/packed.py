@@ -112,12 +112,10 @@ def suspicious(
     `workspace` is the address of the caller's, or 0; `base` where in it we begin.
     """
     a_end, b_end, d_end = a + plan.span_a, b + plan.span_b, d + plan.span_d
+    # Most arrays begin at multiples of 16, which is enough for all of them.
+    odd = (a | b | d | bounds | row_index | a_scale | b_scale | bias | row_weight) & 15
     if (
-        (a | b | d) & 15
-        or bounds & plan.bounds_mask
-        or row_index & plan.index_mask
-        or (a_scale | b_scale | row_weight) & 3
-        or bias & plan.bias_mask
+        (odd and _misaligned(plan, a | b | d, bounds, row_index, a_scale | b_scale | row_weight, bias))
         or not (a and b and d and bounds)
         or (row_index == 0) is plan.gathers
         or (row_weight == 0) is plan.weighted
@@ -133,6 +131,17 @@ def suspicious(
         or (base < a_end and a < end)
         or (base < b_end and b < end)
         or (base < d_end and d < end)
+    )
+
+
+def _misaligned(plan: PackedPlan, tma: int, bounds: int, row_index: int, floats: int, bias: int) -> int:
+    """Other than 0 where an address is not aligned; `tma` and `floats`: what TMA and float32 need of all."""
+    return (
+        tma & 15
+        | bounds & plan.bounds_mask
+        | row_index & plan.index_mask
+        | floats & 3
+        | bias & plan.bias_mask
     )
 
 

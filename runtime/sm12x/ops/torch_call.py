@@ -1,7 +1,9 @@
 """The shortest way from torch tensors to the launches: packed calls that look like one made before.
 
-In an inference loop only addresses change from call to call. What the first call learned is kept under all
-that it depended on, read straight off the tensors, and a later call does without taking every tensor in.
+In an inference loop only addresses change from call to call. What the first call learned is kept, and with it
+a guard of torch.compile's, which compares all that a plan depends on of all tensors in one call of C: type,
+dtype, device, shape, strides and whether a tensor is plain (no lazy negation, no wrapper of a transform).
+Reading the same off each tensor takes five times as long.
 """
 
 from __future__ import annotations
@@ -14,74 +16,17 @@ from .. import driver
 from .packed import PackedPlan, suspicious
 
 MAX_CALLS = 4096
-# Behind all that a call depends on: its plan, what launches it, and what gives torch's current stream.
-_calls: dict[Any, tuple[PackedPlan, Callable[..., None], Callable[[int], int]]] = {}
-_tensor_types: set[type] = set()  # that `ingest` took for plain torch tensors; Parameter is another
+# Calls of the same shape of out and the same options that differ otherwise, as in K, strides or devices.
+MAX_ALIKE = 8
+# The guard of its tensors, its plan, what launches it, and what gives torch's current stream on a device.
+_Known = tuple[Callable[..., bool], PackedPlan, Callable[..., None], Callable[[int], int]]
+_calls: dict[Any, tuple[_Known, ...]] = {}
+_tensor_types: set[type] = set()  # of remembered calls; guards compare them by address, so they live on
 driver.clear_after_fork(_calls)
 
-
-def _key(
-    a: Any,
-    b: Any,
-    a_scale: Any,
-    b_scale: Any,
-    bounds: Any,
-    row_index: Any,
-    row_weight: Any,
-    out: Any,
-    workspace: Any,
-    masked: bool,
-    out_dtype: Any,
-    dtype: Any,
-    variant: Any,
-    expected_m: Any,
-) -> tuple[Any, ...]:
-    # Written out flat: a tuple of starred parts takes 0.5 us longer to build.
-    # is_neg: a lazily negated tensor has the metadata of a plain one, and only float32 ones can be.
-    key = (
-        a.shape,
-        a.stride(),
-        a.dtype,
-        a.device,
-        b.shape,
-        b.stride(),
-        b.dtype,
-        b.device,
-        a_scale.shape,
-        a_scale.stride(),
-        a_scale.dtype,
-        a_scale.device,
-        a_scale.is_neg(),
-        b_scale.shape,
-        b_scale.stride(),
-        b_scale.dtype,
-        b_scale.device,
-        b_scale.is_neg(),
-        bounds.shape,
-        bounds.stride(),
-        bounds.dtype,
-        bounds.device,
-        out.shape,
-        out.stride(),
-        out.dtype,
-        out.device,
-        masked,
-        out_dtype,
-        dtype,
-        variant,
-        expected_m,
-    )
-    scratch = index = weight = None
-    if workspace is not None:
-        scratch = workspace.shape, workspace.stride(), workspace.dtype, workspace.device
-        if row_index is None and row_weight is None:
-            return key, scratch
-    if row_index is not None:
-        index = row_index.shape, row_index.stride(), row_index.dtype, row_index.device
-    if row_weight is not None:
-        strides = row_weight.stride()
-        weight = row_weight.shape, strides, row_weight.dtype, row_weight.device, row_weight.is_neg()
-    return key, scratch, index, weight
+# What a call that was not known leaves for `remember_torch_call`: under what, and its tensors.
+Missed = tuple[Any, tuple[Any, ...]]
+_NEVER: Missed = (None, ())
 
 
 def run_known_torch_call(
@@ -99,87 +44,92 @@ def run_known_torch_call(
     dtype: Any,
     variant: Any,
     expected_m: Any,
-) -> bool:
-    """Launch the call and return True where one like it was remembered; else, or where an address needs a
-    closer look, return False with nothing done. Runs on torch's current stream of the plan's device.
+) -> Missed | None:
+    """Launch the call and return None where one like it was remembered; else, or where an address needs a
+    closer look, do nothing and return what remembers it. Runs on torch's current stream of the plan's device.
     """
-    known = _tensor_types
-    if not (
-        type(a) in known
-        and type(b) in known
-        and type(a_scale) in known
-        and type(b_scale) in known
-        and type(bounds) in known
-        and type(out) in known
-        and (workspace is None or type(workspace) in known)
-        and (row_index is None or type(row_index) in known)
-        and (row_weight is None or type(row_weight) in known)
-    ):
-        return False
+    start = base = index = weight = 0
     try:
-        call = _calls.get(
-            _key(
-                a,
-                b,
-                a_scale,
-                b_scale,
-                bounds,
-                row_index,
-                row_weight,
-                out,
-                workspace,
-                masked,
-                out_dtype,
-                dtype,
-                variant,
-                expected_m,
-            )
-        )
-        if call is None:
-            return False
+        if a_scale is b_scale and type(b_scale) in _tensor_types:  # a guard takes no tensor twice
+            b_scale = b_scale.detach()
+        # Which of the last three there are is part of the key. The most frequent are written out.
+        tensors: tuple[Any, ...]
+        if workspace is None or (row_index is None) is not (row_weight is None):
+            tensors, given = (a, b, out, bounds, a_scale, b_scale), 0
+            if workspace is not None:
+                tensors, given = (*tensors, workspace), 1
+            if row_index is not None:
+                tensors, given = (*tensors, row_index), given | 2
+            if row_weight is not None:
+                tensors, given = (*tensors, row_weight), given | 4
+        elif row_index is None:
+            tensors, given = (a, b, out, bounds, a_scale, b_scale, workspace), 1
+        else:
+            tensors, given = (a, b, out, bounds, a_scale, b_scale, workspace, row_index, row_weight), 7
+        key = (out.shape, masked, given, out_dtype, dtype, variant, expected_m)
+        known = _calls.get(key)
+        if known is None:
+            return key, tensors
+        # A guard ends the process at a strided nested tensor, which has no strides. `out.shape` raises there.
+        if (
+            a.is_nested
+            or b.is_nested
+            or bounds.is_nested
+            or a_scale.is_nested
+            or b_scale.is_nested
+            or (workspace is not None and workspace.is_nested)
+            or (row_index is not None and row_index.is_nested)
+            or (row_weight is not None and row_weight.is_nested)
+        ):
+            return _NEVER
+        for each in known:
+            if each[0](*tensors):
+                break
+        else:
+            return key, tensors
+        _, plan, run, get_stream = each
         p, q, d, groups = a.data_ptr(), b.data_ptr(), out.data_ptr(), bounds.data_ptr()
         x, w = a_scale.data_ptr(), b_scale.data_ptr()
-        start = 0 if workspace is None else workspace.data_ptr()
-        index = 0 if row_index is None else row_index.data_ptr()
-        weight = 0 if row_weight is None else row_weight.data_ptr()
-    except (TypeError, RuntimeError):  # not hashable, no strides, no memory: the long way says which
-        return False
-    plan, run, get_stream = call
-    base = (start + 255) & -256
-    if suspicious(plan, p, q, d, groups, index, x, w, 0, weight, start, base):
-        return False
+        if row_index is not None:
+            index = row_index.data_ptr()
+        if row_weight is not None:
+            weight = row_weight.data_ptr()
+        if plan.needed and workspace is not None:
+            start = workspace.data_ptr()
+            base = (start + 255) & -256
+    except (TypeError, AttributeError, RuntimeError):  # no tensor, not hashable, no shape, no memory:
+        return _NEVER  # the long way says which
+    # `suspicious` decides. Calling it costs more than to see here that nothing is near anything it looks for.
+    if (
+        start
+        or (p | q | d | groups | index | x | w | weight) & 15
+        or not (p and q and d and groups)
+        or (index == 0) is plan.gathers
+        or (weight == 0) is plan.weighted
+        or (d < p + plan.span_a and p < d + plan.span_d)
+        or (d < q + plan.span_b and q < d + plan.span_d)
+    ) and suspicious(plan, p, q, d, groups, index, x, w, 0, weight, start, base):
+        return _NEVER
     run(get_stream(plan.device), base, p, q, d, groups, index, x, w, 0, weight, 1.0, 1.0)
-    return True
+    return None
 
 
-def remember_torch_call(
-    plan: PackedPlan,
-    a: Any,
-    b: Any,
-    a_scale: Any,
-    b_scale: Any,
-    bounds: Any,
-    row_index: Any,
-    row_weight: Any,
-    out: Any,
-    workspace: Any,
-    *options: Any,
-) -> None:
+def remember_torch_call(plan: PackedPlan, missed: Missed) -> None:
     """Keep the plan of a call that was just checked in full, where all arrays are tensors (or parameters)."""
+    key, tensors = missed
     torch = sys.modules["torch"]
-    arguments = [a, b, a_scale, b_scale, bounds, out]
-    arguments += [each for each in (row_index, row_weight, workspace) if each is not None]
-    if plan.launches is None or not all(isinstance(each, torch.Tensor) for each in arguments):
+    if plan.launches is None or not tensors or not all(isinstance(each, torch.Tensor) for each in tensors):
         return
-    get_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    if get_stream is None:
-        return  # a torch without it: its public way to the stream costs more than this saves
     try:
-        key = _key(a, b, a_scale, b_scale, bounds, row_index, row_weight, out, workspace, *options)
-        hash(key)
-    except (TypeError, AttributeError):  # not hashable, or a stand-in for a tensor without these attributes
-        return
-    if len(_calls) >= MAX_CALLS:
+        get_stream = torch._C._cuda_getCurrentRawStream
+        guards = torch._C._dynamo.guards.TensorGuards
+        check = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        _tensor_types.update(map(type, tensors))
+        if not check(*tensors):  # one tensor is two arguments
+            return
+    except (AttributeError, TypeError, RuntimeError):
+        return  # a torch without them: its public ways cost more than this saves
+    alike = _calls.get(key, ())
+    if not alike and len(_calls) >= MAX_CALLS:
         _calls.clear()
-    _calls[key] = plan, plan.launches.run, get_stream
-    _tensor_types.update(map(type, arguments))
+    _calls[key] = ((check, plan, plan.launches.run, get_stream), *alike[: MAX_ALIKE - 1])
