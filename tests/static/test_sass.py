@@ -1,5 +1,6 @@
-"""The machine code of the shipped cubins: the right MMA, nothing in local memory beside it, PDL wait and
-trigger iff flagged, and how many issue slots the packed kernels' main loops take.
+"""The machine code of the shipped cubins: the right MMA, nothing in local memory beside it, no stage handed
+back before it was read, PDL wait and trigger iff flagged, and how many issue slots the packed kernels' main
+loops take.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sm12x_build import BuildError, lint, main_loop, sass, store
+from sm12x_build import BuildError, lint, main_loop, releases, sass, store
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "cuda" / "README.md"
@@ -54,6 +55,22 @@ def test_own_kernels_use_no_local_memory(manifest: dict[str, Any], kernels: dict
     assert {item[1]["role"] for item in own} >= {"gemm", "prepare_packed"}, "kernels of our own are missing"
     used = {path: [str(i) for i in kernels[path].instructions if i.is_local] for _, _, _, path in own}
     assert {path: found for path, found in used.items() if found} == {}
+
+
+@pytest.mark.parametrize("family", ["fp8_packed", "fp8_ptr_array"])
+def test_stages_are_handed_back_once_their_fragments_are_there(
+    manifest: dict[str, Any], kernels: dict[str, sass.Kernel], family: str
+) -> None:
+    """Or TMA writes the next stage over fragments that are still to be read, as seen on an H200."""
+    gemms = [path for _, v, _, path in _cubins(manifest) if (v["role"], v["family"]) == ("gemm", family)]
+    assert gemms, "the manifest lists no GEMM kernel"
+    problems = []
+    for path in gemms:
+        code = kernels[path].instructions
+        assert any(i.name == releases.LOAD for i in code), path
+        assert any(releases.is_release(i) for i in code), path
+        problems += [f"{path}: {problem}" for problem in releases.early_releases(kernels[path])]
+    assert problems == []
 
 
 def test_pdl_wait_and_trigger_iff_flagged(manifest: dict[str, Any], kernels: dict[str, sass.Kernel]) -> None:
@@ -198,3 +215,84 @@ def test_wait_and_trigger_are_seen() -> None:
     assert sass.waits_on_grid(_planted(joined="ACQBULK"))
     assert not sass.launches_dependents(_planted(joined="ACQBULK"))
     assert sass.launches_dependents(_planted(joined="PREEXIT"))
+
+
+# Releases of stages, on code with planted ones that come too early: a line an instruction, or a label.
+
+LOAD = "LDSM.16.M88.4 R8, [R20+0x400]"
+READ = "LOP3.LUT R1, R11, R2, R3, 0x96, !PT"
+ARRIVE = "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R21+URZ+0x100], RZ"
+LOOP = "@P1 BRA `(.L_loop)"
+
+EARLY: dict[str, list[str]] = {  # the last instruction but EXIT arrives, the first LDSM is not waited for
+    "unread": [LOAD, ARRIVE],
+    "predicated": [LOAD, f"@P0 {ARRIVE}"],
+    "remote": [LOAD, "@P0 SYNCS.ARRIVE.TRANS64.RED.A1T0 RZ, [UR4+0x100], RZ"],
+    "another load is read": [LOAD, "LDSM.16.M88.4 R4, [R22]", "MOV R1, R4", ARRIVE],
+    "its address is read": ["LDSM.16.M88.4 R8, [R8]", ARRIVE],
+    "written, not read": [LOAD, "MOV R8, R2", "SHFL.IDX PT, R9, R2, RZ, 0x1f", ARRIVE],
+    "neighbours are read": [LOAD, "HMMA.16816.F32 R12, R4, R6, R12", ARRIVE],
+    "uniform registers": [LOAD, "IADD3 R1, R2, UR8, RZ", ARRIVE],
+    "overwritten in pairs": [LOAD, "LDS.64 R8, [R2]", "CS2R R10, SRZ", "IADD3 R1, R9, R11, RZ", ARRIVE],
+    "overwritten at once": [LOAD, "LDS.128 R8, [R2]", READ, ARRIVE],
+    "overwritten by MMA": [LOAD, "QMMA.16832.F32.E4M3.E4M3 R8, R4, R12, RZ", READ, ARRIVE],
+    "overwritten by the next": [LOAD, "LDSM.16.M88.4 R8, [R22]", READ, ARRIVE],
+    "read on one path": [LOAD, "@P1 BRA `(.L_past)", READ, ".L_past:", ARRIVE],
+    "read after a branch to it": [LOAD, "BRA `(.L_arrive)", READ, "EXIT", ".L_arrive:", ARRIVE],
+    "read if": [LOAD, f"@P0 {READ}", ARRIVE],
+    "read if another": [LOAD, f"@P1 {READ}", f"@P0 {ARRIVE}"],
+    "read if not": [LOAD, f"@!P0 {READ}", f"@P0 {ARRIVE}"],
+    "the predicate changes": [LOAD, f"@P0 {READ}", "ELECT P0, URZ, PT", f"@P0 {ARRIVE}"],
+    "all predicates change": [LOAD, f"@P0 {READ}", "R2P PR, R2, 0x6", f"@P0 {ARRIVE}"],
+    "loaded if": [f"@P1 {LOAD}", f"@P0 {READ}", ARRIVE],
+}
+IN_TIME: dict[str, list[str]] = {
+    "read": [LOAD, READ, ARRIVE],
+    "read and overwritten": [LOAD, "MOV R9, R8", "CS2R R8, SRZ", "CS2R R10, SRZ", ARRIVE],
+    "read into itself": [LOAD, "IADD3 R8, R8, 0x1, RZ", ARRIVE],
+    "address of the next": [LOAD, "LDSM.16.M88.4 R4, [R9]", "MOV R1, R4", ARRIVE],
+    "by the arrival": [LOAD, "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R8+URZ+0x100], RZ"],
+    "half": [LOAD, "F2FP.F16.E4M3.UNPACK_B R1, R8.reuse.H1", ARRIVE],
+    "stored": [LOAD, "STS [R1+0x10], R9", ARRIVE],
+    "shuffled": [LOAD, "SHFL.IDX PT, R1, R10, RZ, 0x1f", ARRIVE],
+    "compared": [LOAD, "ISETP.NE.AND P1, PT, R8, RZ, PT", ARRIVE],
+    "quad of A": [LOAD, "HMMA.16816.F32 R40, R5, R30, R40", ARRIVE],
+    "pair of B": [LOAD, "QMMA.SF.16832.F32.E4M3.E4M3.E8 R40, R30, R7, R40, R2, R2, UR4", ARRIVE],
+    "quad of C": [LOAD, "QMMA.16832.F32.E4M3.E4M3 R40, R30, R34, R5", ARRIVE],
+    "on both paths": [LOAD, "@P1 BRA `(.L_a)", READ, "BRA `(.L_b)", ".L_a:", READ, ".L_b:", ARRIVE],
+    "if it arrives": [LOAD, f"@P0 {READ}", "ELECT P1, URZ, PT", f"@P0 {ARRIVE}"],
+    "if loaded": [f"@P1 {LOAD}", f"@P1 {READ}", "ELECT P1, URZ, PT", f"@P0 {ARRIVE}"],
+    "either way": [LOAD, f"@P0 {READ}", f"@!P0 {READ}", ARRIVE],
+    "not loaded on the way": [LOAD, "BRA `(.L_past)", ".L_arrive:", ARRIVE, "EXIT", ".L_past:", READ],
+    "wait and expect": [LOAD, "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3",
+                        "SYNCS.ARRIVE.TRANS64 RZ, [R4+URZ], R5"],
+    "round a loop": [".L_loop:", READ, ARRIVE, LOAD, LOOP],
+}  # fmt: skip
+
+
+def _code(lines: list[str]) -> sass.Kernel:
+    text, address = '\t.section\t.text.planted,"ax",@progbits\n', 0
+    for line in [*lines, "EXIT"]:
+        text += f"{line}\n" if line.endswith(":") else f"        /*{address:04x}*/  {line} ;\n"
+        address += 0 if line.endswith(":") else 16
+    (kernel,) = sass.parse(text)
+    return kernel
+
+
+@pytest.mark.parametrize("lines", EARLY.values(), ids=EARLY)
+def test_a_release_before_the_fragments_is_named_by_address(lines: list[str]) -> None:
+    kernel = _code(lines)
+    load, arrival = kernel.instructions[0], kernel.instructions[-2]
+    assert releases.early_releases(kernel) == [f"planted: {arrival} overtakes {load}"]
+
+
+@pytest.mark.parametrize("lines", IN_TIME.values(), ids=IN_TIME)
+def test_a_release_after_a_read_passes(lines: list[str]) -> None:
+    assert releases.early_releases(_code(lines)) == []
+
+
+def test_a_load_at_the_end_of_a_loop_is_followed_into_the_next_iteration() -> None:
+    late = _code([".L_loop:", ARRIVE, READ, LOAD, LOOP])
+    assert releases.early_releases(late) == [f"planted: /*0000*/ {ARRIVE} overtakes /*0020*/ {LOAD}"]
+    own = _code([".L_loop:", LOAD, LOOP, ARRIVE, ARRIVE])  # overwritten by itself; early once
+    assert releases.early_releases(own) == [f"planted: /*0020*/ {ARRIVE} overtakes /*0000*/ {LOAD}"]
