@@ -1,7 +1,7 @@
 """How good the choices of `sm12x.select` are on measured times, and which constants would fit them best.
 
     python tests/benchmarks/fit_select.py tests/benchmarks/results/FILE.json [MORE.json ...]
-    [--sms N] [--fit NAME,NAME] [--rounds N]
+    [--sms N] [--fit NAME,NAME] [--rounds N] [--search N] [--seed N]
 
 Needs no GPU. A file has `arch` and `rows`. A row has `model`, `gemm`, `T`, `E` (or `experts`), `K`, `N` and
 `times`; `top_k` where it is not the model's own; `gathers` true where rows came through an index. `times`
@@ -11,7 +11,9 @@ contenders in it are left out.
 Printed: for every row the choice, the best variant and the loss of the choice over it; geometric mean and
 worst loss; how far predictions are off; the constants of sm12x/select/rates.py that fit the times best, and
 the losses with them. The fit is least squares of log(predicted / measured), variants near a row's best
-counting most, held near the present constants where the rows do not say.
+counting most, held near the present constants where the rows do not say. With --search the constants are
+sought instead that lose least: so many random steps from the present ones, each kept if it makes `regret`
+less.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from sm12x.manifest import Variant
 from sm12x.select import Problem
 from sm12x.select import model as cost
 from sm12x.select.problem import expected_groups, fits
-from sm12x.select.ranking import least_units
+from sm12x.select.ranking import least_units, worth
 from sm12x.select.rates import DRAM, FAMILIES, RATES
 from sm12x.validation.shapes import MOE_GEMMS
 
@@ -42,8 +44,8 @@ E4M3 = "float8_e4m3fn"
 # Not fitted: the clock only scales the others, a launch cannot be told from the kernel's start, and DRAM is
 # measured by a kernel that only reads.
 FITTED_RATES = ("sm", "l2", "mma", "operand", "k_tile", "value", "overlap")
-SPLIT_RATES, GATHER_RATES = ("fix_up",), ("gathered", "lookup")
-FITTED_FAMILY = ("start", "setup", "tile")
+SPLIT_RATES, GATHER_RATES = ("fix_up",), ("gathered", "handed", "lookup")
+FITTED_FAMILY = ("start", "setup", "cut", "tile")
 HELD = 0.05  # weight of a constant's distance, in logarithms, from where it was
 STEP = 1e-3  # of the finite differences, in logarithms
 
@@ -162,7 +164,9 @@ def judge(rows: Sequence[Row]) -> list[Verdict]:
     verdicts = []
     for row in rows:
         predicted = {time.name: predict(row, time) for time in row.times}
-        chosen = min(row.times, key=lambda time: (predicted[time.name], time.name))
+        chosen = min(
+            row.times, key=lambda time: (worth(predicted[time.name], int(bool(time.leasts))), time.name)
+        )
         best = min(row.times, key=lambda time: (time.us, time.name))
         verdicts.append(Verdict(row, chosen, predicted[chosen.name], best))
     return verdicts
@@ -263,12 +267,44 @@ def fit(rows: Sequence[Row], which: Sequence[tuple[str, str]], rounds: int) -> N
     residuals(at)
 
 
+def regret(rows: Sequence[Row]) -> float:
+    """Mean logarithm of the choices' losses, and a 25th of the spread of predicted / measured among times
+    within 1.3 of a row's best, so that constants still mean what they say."""
+    losses = [math.log(verdict.loss) for verdict in judge(rows)]
+    off = [
+        math.log(predict(row, time) / time.us)
+        for row in rows
+        for time in row.times
+        if time.us < 1.3 * min(each.us for each in row.times)
+    ]
+    return float(np.mean(losses) + 0.04 * np.sqrt(np.mean(np.square(off))))
+
+
+def search(rows: Sequence[Row], which: Sequence[tuple[str, str]], steps: int, seed: int) -> None:
+    """Sets the constants `which` to those with the least regret of `steps` random steps."""
+    rng = np.random.default_rng(seed)
+    least = regret(rows)
+    for _ in range(steps):
+        some = [which[int(at)] for at in rng.permutation(len(which))[: rng.integers(1, 4)]]
+        before = [get_constant(where) for where in some]
+        for where, was in zip(some, before, strict=True):
+            set_constant(where, was * math.exp(rng.normal(0.0, rng.choice((0.05, 0.2, 0.6)))))
+        now = regret(rows)
+        if now < least:
+            least = now
+            continue
+        for where, was in zip(some, before, strict=True):
+            set_constant(where, was)
+
+
 # ---------------------------------------------------------------------------------------------------
 # The report
 # ---------------------------------------------------------------------------------------------------
 
 
-def report(rows: Sequence[Row], which: Sequence[tuple[str, str]], rounds: int) -> str:
+def report(
+    rows: Sequence[Row], which: Sequence[tuple[str, str]], rounds: int, steps: int = 0, seed: int = 0
+) -> str:
     """Everything that is printed. Leaves the module's constants as they were."""
     lines = ["| row | chosen | predicted us | us | best | us | loss |", "|---|---|---|---|---|---|---|"]
     verdicts = judge(rows)
@@ -281,7 +317,10 @@ def report(rows: Sequence[Row], which: Sequence[tuple[str, str]], rounds: int) -
     lines += ["", f"present constants: {summary(verdicts)}", errors(rows), ""]
     before = [get_constant(where) for where in which]
     try:
-        fit(rows, which, rounds)
+        if steps:
+            search(rows, which, steps, seed)
+        else:
+            fit(rows, which, rounds)
         lines.append("| constant | present | fitted |")
         lines.append("|---|---|---|")
         for where, was in zip(which, before, strict=True):
@@ -299,6 +338,8 @@ def main() -> int:
     parser.add_argument("--sms", type=int, help="SMs of the device, where the file does not say")
     parser.add_argument("--fit", help="names of constants to fit, by commas; default: all that the rows show")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--search", type=int, default=0, help="random steps instead of the fit")
+    parser.add_argument("--seed", type=int, default=0, help="of the search")
     options = parser.parse_args()
     variants = {variant.key: variant for variant in manifest.default().gemms()}
     rows = [row for path in options.files for row in read_rows(path, variants, options.sms)]
@@ -317,7 +358,7 @@ def main() -> int:
             print(f"--fit: expected names out of {known}, got {', '.join(sorted(unknown))}", file=sys.stderr)
             return 1
         which = [where for where in which if where[1] in wanted]
-    print(report(rows, which, options.rounds))
+    print(report(rows, which, options.rounds, options.search, options.seed))
     return 0
 
 

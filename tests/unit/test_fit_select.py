@@ -129,9 +129,9 @@ def test_the_fit_finds_constants_that_made_the_times(tmp_path, monkeypatch):
 def test_constants_that_rows_say_nothing_of_are_not_fitted(tmp_path):
     path = write(tmp_path / "a.json", [row({FAST: 10.0, SLOW: 8.0})])
     names = {name for _, name in fit_select.constants_of(fit_select.read_rows(path, VARIANTS, None))}
-    assert not names & {"fix_up", "gathered", "lookup"}
+    assert not names & {"fix_up", "gathered", "handed", "lookup"}
     both = {name for _, name in fit_select.constants_of(rows_of_the_model(tmp_path / "b.json"))}
-    assert names | {"fix_up", "gathered", "lookup"} == both
+    assert names | {"fix_up", "gathered", "handed", "lookup"} == both
 
 
 def test_the_report_has_everything_and_changes_nothing(tmp_path):

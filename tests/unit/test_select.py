@@ -21,7 +21,7 @@ from sm12x.select import (
 )
 from sm12x.select.model import measure, of_runs, of_split
 from sm12x.select.problem import Groups, expected_groups
-from sm12x.select.ranking import TOO_MANY_UNITS, least_units
+from sm12x.select.ranking import SPLIT_GAINS, TOO_MANY_UNITS, least_units
 from sm12x.select.rates import DRAM, FAMILIES, dram
 from unit import packed_schedule
 from unit.fake_family import write_family
@@ -129,8 +129,12 @@ def test_fewer_tiles_than_sms_still_use_all_of_dram(gemms, arch):
 
 
 def test_enough_work_is_not_split(gemms):
-    choice = best(packed(1024, n=28672, arch="sm_120a"), gemms)
+    """Where split-K promises less than half a percent, its workspace is not worth it."""
+    problem = packed(1024, n=28672, arch="sm_120a")
+    choice = best(problem, gemms)
     assert choice.least_units == 0
+    splits = [other.us for other in select(problem, gemms, SMS["sm_120a"]) if other.least_units]
+    assert min(splits) < choice.us, "the problem does not show it"
 
 
 def test_left_over_tiles_cost_little_where_few_sms_saturate_dram(gemms):
@@ -194,8 +198,10 @@ def test_the_order_of_the_variants_does_not_matter(gemms):
 def test_ties_go_by_key(gemms):
     variant = only("fp8_packed_128x8x128_swap", gemms)
     twins = [replace(variant, key=key) for key in ("c", "a", "b")]
-    ranked = [(c.variant.key, c.least_units) for c in select(packed(0), twins, 170)]
-    assert ranked == sorted(ranked)
+    ranked = select(packed(0), twins, 170)
+    for split in (False, True):
+        keys = [c.variant.key for c in ranked if (c.least_units > 0) == split]
+        assert keys == sorted(keys)
     assert [c.variant.key for c in select(packed(512), twins, 170) if not c.least_units] == ["a", "b", "c"]
 
 
@@ -233,7 +239,8 @@ def test_every_fitting_variant_is_ranked_with_a_reason(gemms):
     fitting = {v.key for v in gemms if fits(packed(256), v) is None}
     assert {c.variant.key for c in choices} == fitting
     assert len({(c.variant.key, c.least_units > 0) for c in choices}) == len(choices)
-    assert [c.us for c in choices] == sorted(c.us for c in choices)
+    ranked_by = [c.us * (SPLIT_GAINS if c.least_units else 1.0) for c in choices]
+    assert ranked_by == sorted(ranked_by)
     assert all("bound by" in c.reason for c in choices)
     text = describe(packed(256), choices)
     assert text.startswith("sm12x select: packed M=256 E=128 N=1408 K=2816")

@@ -3,11 +3,12 @@
     launch   launches in a CUDA graph (one; with a preparation kernel more), the kernel's start and end, and
              with a row index its first look-up
     setup    what each expert that the busiest CTA turns to keeps its loads waiting (ptr_array: rewriting
-             tensor maps)
+             tensor maps); and where a run of strips crosses from one expert to the next, its two short pieces
     dram     unique bytes over what the SMs with work can pull: the device's rate, or the ceiling of each SM
     smem     bytes into shared memory, weights once for every tile of tokens: at L2's rate for all SMs
              together, or at one SM's ceiling for the busiest
-    gather   the busiest CTA's token rows, copied 16 bytes at a time by one warp; 0 without a row index
+    gather   the busiest CTA's token rows, copied 16 bytes at a time by one warp, and what handing each k-tile
+             over takes it; 0 without a row index
     mma      multiply-adds of the busiest CTA: padded tiles, useful k-blocks, what a k-tile costs besides
     tiles    the end of each tile of the busiest CTA: draining, epilogue
     split    split-K: parts handed in and added up
@@ -77,7 +78,7 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Busiest:
     """The CTA with the most work: its `share` of all weights, `mma_share` of all multiply-adds and `tokens`,
-    bytes of token rows; `experts` that it turns to; `visits`: tiles (or pieces of them) that it ends, of
+    bytes of token rows; `experts` that it turns to; `cut`: k-tiles of a piece that its run cuts; `visits`: tiles (or pieces of them) that it ends, of
     `values` values; `k_tiles` that it multiplies. Besides: `all_tokens` of all CTAs, and `reading`, DRAM's
     microseconds, `split`, split-K's, and `how` the work is divided.
     """
@@ -87,6 +88,7 @@ class Busiest:
     mma_share: float = 0.0
     tokens: float = 0.0
     experts: float = 0.0
+    cut: float = 0.0
     visits: float = 0.0
     values: float = 0.0
     k_tiles: float = 0.0
@@ -204,6 +206,7 @@ def of_runs(problem: Problem, work: Work, variant: Variant, sms: int) -> Busiest
         mma_share=share * uneven,
         tokens=tokens,
         experts=experts,
+        cut=0.0 if of_a_tile or work.active <= 1.0 else work.units / work.tiles,
         visits=visits,
         values=variant.token_tile * piece * STRIP,
         k_tiles=visits * work.units / work.tiles,
@@ -276,14 +279,16 @@ def _choice(
         (work.weights + busiest.all_tokens) / (rates.l2 * sms),
         (busiest.share * work.weights + busiest.tokens) / rates.sm,
     )
-    gather = busiest.tokens / 16.0 * rates.gathered if problem.gathers else 0.0
+    gather = 0.0
+    if problem.gathers:
+        gather = busiest.tokens / 16.0 * rates.gathered + busiest.k_tiles * rates.handed
     thousand_clocks = rates.clock * 1e3
     terms = {
         "launch": rates.launch
         + launches * rates.next_launch
         + family.start
         + (rates.lookup if problem.gathers else 0.0),
-        "setup": busiest.experts * family.setup,
+        "setup": busiest.experts * family.setup + busiest.cut * family.cut,
         "dram": busiest.reading,
         "smem": loads / thousand_clocks,
         "gather": gather / thousand_clocks,

@@ -10,12 +10,14 @@ from .problem import Problem, expected_groups, fits, takes_runs, units_upper_bou
 from .rates import FAMILIES
 
 TOO_MANY_UNITS = 2**32  # kernels count units times CTAs in 32 bits, but for tiles in turns
+SPLIT_GAINS = 1.005  # the factor that split-K must be faster by to be worth a workspace
 
 
 def select(problem: Problem, variants: Iterable[Variant], device_sm_count: int) -> list[Choice]:
     """Variants that fit `problem`, best first, on a device of `device_sm_count` SMs; empty where none fits.
     A variant that can split K is there twice where that makes sense: with K whole (`least_units` 0), and
-    with the best `least_units`. To force a variant, give only that one.
+    with the best `least_units`; before K whole only where it promises `SPLIT_GAINS`. To force a variant, give
+    only that one.
 
     Raises KeyError for an architecture without rates.
     """
@@ -34,7 +36,15 @@ def select(problem: Problem, variants: Iterable[Variant], device_sm_count: int) 
         if splits:
             # Among equals the one that splits least where there is less work than expected.
             choices.append(min(splits, key=lambda choice: (choice.us, -choice.least_units)))
-    return sorted(choices, key=lambda choice: (choice.us, choice.variant.key, choice.least_units))
+    return sorted(
+        choices,
+        key=lambda choice: (worth(choice.us, choice.least_units), choice.variant.key, choice.least_units),
+    )
+
+
+def worth(us: float, least_units: int) -> float:
+    """What the ranked list goes by: microseconds, and for split-K `SPLIT_GAINS` times as many."""
+    return us * SPLIT_GAINS if least_units else us
 
 
 def least_units(problem: Problem, variant: Variant, sms: int) -> list[int]:

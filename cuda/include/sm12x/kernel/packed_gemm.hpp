@@ -158,11 +158,12 @@ class PackedGemm {
   // Roles: what a warp does with one piece of work
   // -----------------------------------------------------------------------------------------------
 
-  // One thread goes through all k-tiles by itself: electing it for each k-tile costs more than the loads.
-  // It hands the work on once its first load is on the way: nobody can use it before that has arrived.
+  // K-tiles [k_begin, k_end) of a piece. One thread goes through them by itself: electing it for each costs
+  // more than the loads. `after_first` is called by it once the first is on the way.
+  template <class AfterFirst>
   __device__ static void load_weights(Params const& params, Ring& ring, Stages const& stages,
-                                      PackedWork const& work, State& state, Queue& queue,
-                                      typename Queue::State const& at_queue) {
+                                      PackedWork const& work, int k_begin, int k_end, State& state,
+                                      AfterFirst const& after_first) {
     int const boxes = (work.feature_end - work.feature + kBoxFeatures - 1) / kBoxFeatures;
     // Weights that nobody reads again leave L2 first, so that bounds, rows and scales stay.
     arch::CachePolicy const policy =
@@ -170,7 +171,7 @@ class PackedGemm {
     if (cute::elect_one_sync()) {
       State at = state;
 #pragma unroll 1
-      for (int k = work.k_begin; k < work.k_end; ++k) {
+      for (int k = k_begin; k < k_end; ++k) {
         ring.wait_empty(at);
         ring.arrive_and_expect(at, boxes * kBoxBytes);
         uint32_t to = stages.weights(at);
@@ -184,14 +185,71 @@ class PackedGemm {
             feature += kBoxFeatures << map;
           }
         }
-        if (k == work.k_begin) {
-          queue.put(at_queue, work);
+        if (k == k_begin) {
+          after_first();
         }
         ring.advance(at);
       }
     }
     __syncwarp();
-    ring.advance(state, work.k_end - work.k_begin);
+    ring.advance(state, k_end - k_begin);
+  }
+
+  // Finds the CTA's work, loads the weights and hands every piece on: the first one once its first load is
+  // on the way, because nobody can use it before that has arrived; all others while the loads of the one in
+  // front are, because with a row index the tokens warp has to look up its rows.
+  __device__ static void find_work(Params const& params, SharedMemory& shared, Ring& ring,
+                                   Schedule& schedule, uint32_t stages_of_boxes) {
+    Queue queue(shared.queue);
+    typename Queue::State at = Queue::Ring::producer_start();
+    State state = Ring::producer_start();
+    schedule.start();
+    PackedWork work;
+    schedule.next(work);
+    bool is_first = true;
+    // A vote, so that the compiler sees that no warp diverges here.
+    while (__any_sync(0xffffffffu, work.group >= 0)) {
+      Stages const stages = set_stages(shared, ring, work, stages_of_boxes);
+      int const middle = min(work.k_begin + int(ring.stages()), work.k_end);
+      load_weights(params, ring, stages, work, work.k_begin, middle, state, [&] {
+        if (is_first) {
+          queue.put(at, work);
+        }
+      });
+      if (is_first) {
+        queue.advance(at);
+        is_first = false;
+      }
+      PackedWork following;
+      schedule.next(following);
+      put(queue, at, following);
+      load_weights(params, ring, stages, work, middle, work.k_end, state, [] {});
+      work = following;
+    }
+    if (is_first) {
+      put(queue, at, work);
+    }
+  }
+
+  __device__ static void put(Queue& queue, typename Queue::State& at, PackedWork const& work) {
+    if (cute::elect_one_sync()) {
+      queue.put(at, work);
+    }
+    __syncwarp();
+    queue.advance(at);
+  }
+
+  // A stage is as long as the CTA's largest piece: short pieces have more of them.
+  __device__ static Stages set_stages(SharedMemory& shared, Ring& ring, PackedWork const& work,
+                                      uint32_t stages_of_boxes) {
+    uint32_t const boxes = Config::kSwapAb ? work.largest_piece : 1;
+    Stages stages;
+    stages.first = arch::shared_address(shared.stages);
+    stages.weight_bytes = boxes * kBoxBytes;
+    stages.bytes = stages.weight_bytes + kTokenBytes;
+    ring.set_stages(Config::kSwapAb ? __shfl_sync(0xffffffffu, stages_of_boxes, boxes - 1)
+                                    : kStages);
+    return stages;
   }
 
   __device__ static void load_tokens(Params const& params, Ring& ring, Stages const& stages,
@@ -361,7 +419,6 @@ class PackedGemm {
   __device__ static void work(Params const& params, SharedMemory& shared, Ring& ring,
                               Schedule& schedule, uint32_t stages_of_boxes, int warp) {
     int const mma_warp = warp - kProducerWarps;
-    bool const finds = Roles != kMma && warp == kWeightsWarp;
     if (Roles == kProducers && warp > kTokensWarp) {
       return;
     }
@@ -369,38 +426,20 @@ class PackedGemm {
       arch::wait_on_prerequisite_grids();
       arch::launch_dependent_grids();
     }
-    Queue queue(shared.queue);
-    typename Queue::State at = finds ? Queue::Ring::producer_start() : typename Queue::State{};
-    PackedWork work;
-    if (finds) {
-      schedule.start();
+    if (Roles != kMma && warp == kWeightsWarp) {
+      find_work(params, shared, ring, schedule, stages_of_boxes);
+      return;
     }
+    Queue queue(shared.queue);
+    typename Queue::State at;
     State state = Roles != kMma && mma_warp < 0 ? Ring::producer_start() : State{};
     for (int turn = 0;; ++turn) {
-      if (finds) {
-        schedule.next(work);
-      } else {
-        work = queue.take(at);
-      }
-      // A vote, so that the compiler sees that no warp diverges here.
+      PackedWork const work = queue.take(at);
       if (__any_sync(0xffffffffu, work.group < 0)) {
-        if (finds && cute::elect_one_sync()) {
-          queue.put(at, work);
-        }
         break;
       }
-      // A stage is as long as the CTA's largest piece: short pieces have more of them.
-      uint32_t const boxes = Config::kSwapAb ? work.largest_piece : 1;
-      Stages stages;
-      stages.first = arch::shared_address(shared.stages);
-      stages.weight_bytes = boxes * kBoxBytes;
-      stages.bytes = stages.weight_bytes + kTokenBytes;
-      ring.set_stages(Config::kSwapAb ? __shfl_sync(0xffffffffu, stages_of_boxes, boxes - 1)
-                                      : kStages);
-      if (finds) {
-        load_weights(params, ring, stages, work, state, queue, at);
-        queue.advance(at);
-      } else if (Roles != kMma && warp == kTokensWarp) {
+      Stages const stages = set_stages(shared, ring, work, stages_of_boxes);
+      if (Roles != kMma && warp == kTokensWarp) {
         if (params.row_index != 0) {
           gather_tokens(params, ring, stages, work, state);
         } else {

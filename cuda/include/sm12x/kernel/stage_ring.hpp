@@ -42,6 +42,7 @@ class StageRing {
   }
 
   __device__ void set_stages(uint32_t stages) { stages_ = stages; }
+  __device__ uint32_t stages() const { return stages_; }
 
   /// Where producers begin: all stages count as released.
   __device__ static State producer_start() { return {0, 1}; }
