@@ -45,7 +45,7 @@ E4M3 = "float8_e4m3fn"
 # measured by a kernel that only reads.
 FITTED_RATES = ("sm", "l2", "mma", "operand", "k_tile", "value", "overlap")
 SPLIT_RATES, GATHER_RATES = ("fix_up",), ("gathered", "handed", "lookup")
-FITTED_FAMILY = ("start", "setup", "cut", "tile")
+FITTED_FAMILY = ("start", "setup", "cut", "hollow", "tile")
 HELD = 0.05  # weight of a constant's distance, in logarithms, from where it was
 STEP = 1e-3  # of the finite differences, in logarithms
 

@@ -3,8 +3,9 @@
     launch   launches in a CUDA graph (one; with a preparation kernel more), the kernel's start and end, and
              with a row index its first look-up
     setup    what each expert that the busiest CTA turns to keeps its loads waiting (ptr_array: rewriting
-             tensor maps); and where a run of strips crosses from one expert to the next, its two short pieces
-    dram     unique bytes over what the SMs with work can pull: the device's rate, or the ceiling of each SM
+             tensor maps); where a run of strips crosses from one expert to the next, its two short pieces
+    dram     unique bytes over what the SMs with work can pull: the device's rate, or the ceiling of each SM;
+             and part of what lies past K in the last k-tile
     smem     bytes into shared memory, weights once for every tile of tokens: at L2's rate for all SMs
              together, or at one SM's ceiling for the busiest
     gather   the busiest CTA's token rows, copied 16 bytes at a time by one warp, and what handing each k-tile
@@ -56,13 +57,15 @@ class Choice:
 class Work:
     """What a variant has to do for a problem: sums over all groups; expected values, so not whole numbers.
 
-    `active` groups; `units`: k-tiles of all tiles; `strips` of features of all groups; `strip_units`: those
-    times each group's tiles of tokens. `unique`: bytes that DRAM moves. `weights` and `tokens`: bytes to
-    shared memory, tile by tile. `macs`: multiply-adds, padding included. `operands`: bytes of weights there.
+    `active` groups; `hollow`: bytes past K of a copy of all weights; `units`: k-tiles of all tiles; `strips`
+    of features of all groups; `strip_units`: those times each group's tiles of tokens. `unique`: bytes that
+    DRAM moves. `weights` and `tokens`: bytes to shared memory, tile by tile. `macs`: multiply-adds, padding
+    included. `operands`: bytes of weights there.
     """
 
     active: float
     rows: float
+    hollow: float
     token_tiles: float
     tiles: float
     units: float
@@ -78,7 +81,8 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Busiest:
     """The CTA with the most work: its `share` of all weights, `mma_share` of all multiply-adds and `tokens`,
-    bytes of token rows; `experts` that it turns to; `cut`: k-tiles of a piece that its run cuts; `visits`: tiles (or pieces of them) that it ends, of
+    bytes of token rows; `experts` that it turns to; `cut`: k-tiles of 128 features that its run cuts;
+    `visits`: tiles (or pieces of them) that it ends, of
     `values` values; `k_tiles` that it multiplies. Besides: `all_tokens` of all CTAs, and `reading`, DRAM's
     microseconds, `split`, split-K's, and `how` the work is divided.
     """
@@ -103,7 +107,7 @@ def measure(problem: Problem, groups: Sequence[Groups], variant: Variant) -> Wor
     token, feature, tile_k = variant.token_tile, variant.feature_tile, variant.tile[2]
     step = variant.token_step or token
     padded_to = STRIP if takes_runs(variant) else feature
-    sums = [0.0] * 12
+    sums = [0.0] * 13
     for group in groups:
         count, rows, n, k = group.count, group.rows, group.n, group.k
         token_tiles = -(-rows // token)
@@ -117,6 +121,7 @@ def measure(problem: Problem, groups: Sequence[Groups], variant: Variant) -> Wor
             (
                 1,
                 rows,
+                n * (k_tiles * tile_k - k),
                 token_tiles,
                 tiles,
                 tiles * k_tiles,
@@ -206,7 +211,9 @@ def of_runs(problem: Problem, work: Work, variant: Variant, sms: int) -> Busiest
         mma_share=share * uneven,
         tokens=tokens,
         experts=experts,
-        cut=0.0 if of_a_tile or work.active <= 1.0 else work.units / work.tiles,
+        cut=0.0
+        if of_a_tile or work.active <= 1.0
+        else work.units / work.tiles * variant.feature_tile / 128.0,
         visits=visits,
         values=variant.token_tile * piece * STRIP,
         k_tiles=visits * work.units / work.tiles,
@@ -289,7 +296,7 @@ def _choice(
         + family.start
         + (rates.lookup if problem.gathers else 0.0),
         "setup": busiest.experts * family.setup + busiest.cut * family.cut,
-        "dram": busiest.reading,
+        "dram": busiest.reading * (1.0 + family.hollow * work.hollow / max(work.unique, 1.0)),
         "smem": loads / thousand_clocks,
         "gather": gather / thousand_clocks,
         "mma": clocks / thousand_clocks,
