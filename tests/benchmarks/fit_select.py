@@ -204,7 +204,8 @@ def errors(rows: Sequence[Row]) -> str:
 
 
 def constants_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """(table entry, name) of every constant that the rows can say something about."""
+    """(table entry, name) of every constant that the rows can say something about. Not those that are 0,
+    which say that there is no such cost: a fit moves logarithms."""
     arch = rows[0].problem.arch
     times = [time for row in rows for time in row.times]
     names = list(FITTED_RATES)
@@ -213,9 +214,9 @@ def constants_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
     if any(row.problem.gathers for row in rows):
         names += GATHER_RATES
     families = sorted({time.variant.family for time in times})
-    return [(arch, name) for name in names] + [
-        (family, name) for family in families for name in FITTED_FAMILY
-    ]
+    found = [(arch, name) for name in names]
+    found += [(family, name) for family in families for name in FITTED_FAMILY]
+    return [where for where in found if get_constant(where) > 0.0]
 
 
 def get_constant(where: tuple[str, str]) -> float:

@@ -45,11 +45,12 @@ typedef struct sm12x_packed_params {
   uint64_t bias;       /* (num_groups, n), or 0 */
   uint64_t row_weight; /* float (rows of d,), or 0: D's rows are multiplied by it */
   uint64_t partials;   /* split-K: scratch, workspace_per_cta bytes for each CTA */
-  uint64_t counters;   /* split-K: uint32_t[CTAs][MMA warps], zero before the launch and after it */
-  int64_t rows;        /* packed: rows of d; masked: rows of each group */
-  int64_t a_rows;      /* rows of a, that a row_index may name */
-  int64_t stride_a;    /* elements between rows of a */
-  int64_t stride_d;    /* elements between rows of d */
+  uint64_t
+      counters; /* split-K: uint32_t[CTAs][warps of an MMA group], zero before the launch and after it */
+  int64_t rows;           /* packed: rows of d; masked: rows of each group */
+  int64_t a_rows;         /* rows of a, that a row_index may name */
+  int64_t stride_a;       /* elements between rows of a */
+  int64_t stride_d;       /* elements between rows of d */
   int64_t stride_d_group; /* masked: elements between groups of d; packed: 0 */
   int64_t stride_b_scale; /* elements between groups of a per-channel b_scale */
   int64_t stride_bias;    /* elements between groups of the bias */
@@ -63,9 +64,10 @@ typedef struct sm12x_packed_params {
   int32_t b_scale_mode;
   float a_scale_value;
   float b_scale_value;
-  int32_t bias_type;   /* SM12X_BIAS_* */
-  int32_t out_type;    /* SM12X_OUT_* */
-  int32_t least_units; /* 0: CTAs take whole tiles in turns. Else split-K: CTAs take equal runs of
+  int32_t bias_type; /* SM12X_BIAS_* */
+  int32_t out_type;  /* SM12X_OUT_* */
+  int32_t
+      least_units; /* 0: CTAs take whole tiles in turns, swapped kernels runs of strips. Else split-K: CTAs take equal runs of
                           k-tiles, of at least so many */
   int32_t reserved;
 } sm12x_packed_params;

@@ -20,8 +20,8 @@ dram, smem, gather and the MMA warps (mma + tiles) go on at the same time:
 
 What the busiest CTA has depends on the schedule (sm12x/kernel/packed_scheduler.hpp). Tiles in turns: the
 tiles over the SMs, rounded up. Runs of feature strips: an equal share of all strips, or of those of one tile
-of tokens where these are few, up to a strip. Split-K: an equal
-share, up to a k-tile. The terms say what that costs; where a few SMs saturate DRAM it is little.
+of tokens where these are few, up to a strip. Split-K: an equal share, up to a k-tile. The terms say what that
+costs; where a few SMs saturate DRAM it is little.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Busiest:
     """The CTA with the most work: its `share` of all weights, `mma_share` of all multiply-adds and `tokens`,
-    bytes of token rows; `experts` that it turns to; `cut`: k-tiles of 128 features that its run cuts;
-    `visits`: tiles (or pieces of them) that it ends, of
+    bytes of token rows; `experts` that it turns to; `cut`: k-tiles of 128 features that its run cuts,
+    wherever runs do not keep to a tile of tokens; `visits`: tiles (or pieces of them) that it ends, of
     `values` values; `k_tiles` that it multiplies. Besides: `all_tokens` of all CTAs, and `reading`, DRAM's
     microseconds, `split`, split-K's, and `how` the work is divided.
     """

@@ -115,9 +115,11 @@ FAMILIES = {
 }
 
 RATES = {
-    # "Sought": what loses least on 2026-11-23_forced_h200.json, every packed variant forced on 60 rows, as
-    # fit_select.py --search finds it; single constants are then less exact than where they are fitted to
-    # times. "Measured": 2026-11-22_grouped_gemm_h200.json.
+    # "Sought": what loses least on 2026-11-23_forced_h200.json, every packed variant forced on 60 rows:
+    # fit_select.py --search 800 --seed 7 --fit l2,mma,operand,k_tile,value,overlap,fix_up,cut,hollow,tile,
+    # and then `fix_up` 1.6 instead of 2.16 by hand, for split-K rows that later kernels do faster. Single
+    # constants are less exact than where they are fitted to times. "Measured":
+    # 2026-11-22_grouped_gemm_h200.json.
     "sm_90a": Rates(
         clock=1.92,  # DESIGN 2: 512 bytes in 29.5 clocks for each of 132 SMs at 4400 GB/s
         sm=46.0,  # fitted before the search: 2.6 times the fair share
@@ -135,7 +137,8 @@ RATES = {
         fix_up=1.6,  # sought
         overlap=0.036,  # sought
     ),
-    # Nothing of it measured: what the SM's data sheet does not say is the twin's.
+    # Nothing of it measured. What the SM's data sheet does not say is assumed: about what the twin had when
+    # it was written down; the twin's microseconds of a family are taken for SM12x's too.
     "sm_120a": Rates(
         clock=2.4,  # boost clocks of the data sheets, 2.4 to 2.6
         sm=40.0,  # assumed: about the twin's

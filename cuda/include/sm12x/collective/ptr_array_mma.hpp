@@ -469,8 +469,10 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
       };
       constexpr int kBlocks = decltype(size<2>(tCrA))::value;
       if constexpr (kBlocks > 1 && prefetch_fragments<FrgTensorC>()) {
-        k_loop_prefetching<kBlocks>(pipeline, smem_pipe_read, k_tile_count, load_fragments,
-                                    multiply, loaded);
+        // Large tiles have no register left to collect what has been loaded.
+        constexpr bool kCollects = decltype(size(accum))::value < 64;
+        k_loop_prefetching<kBlocks, kCollects>(pipeline, smem_pipe_read, k_tile_count,
+                                               load_fragments, multiply, loaded);
       } else {
         k_loop<kBlocks>(pipeline, smem_pipe_read, k_tile_count, load_fragments, multiply, loaded);
       }
@@ -519,8 +521,10 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
   // Both loops start when the first stage has arrived. A stage is released as soon as its last
   // fragments have arrived.
 
-  // Fragments of the next k-block are loaded while the MMAs of this one issue, across k-tiles too.
-  template <int kBlocks, class LoadFragments, class Multiply, class Loaded>
+  // Fragments of the next k-block are loaded while the MMAs of this one issue, across k-tiles too. Without
+  // Collects they are loaded from an address that depends on this block's: the last ones are then there after
+  // all others.
+  template <int kBlocks, bool Collects, class LoadFragments, class Multiply, class Loaded>
   CUTLASS_DEVICE static void k_loop_prefetching(MainloopPipeline& pipeline, PipelineState& state,
                                                 int k_tile_count,
                                                 LoadFragments const& load_fragments,
@@ -531,7 +535,12 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
       uint32_t all_loaded = 0;
       for_each(make_int_sequence<kBlocks>{}, [&](auto k_block) {
         constexpr int kNext = (decltype(k_block)::value + 1) % kBlocks;
-        all_loaded ^= loaded(k_block);
+        uint32_t known = 0;
+        if constexpr (kNext == 0 || Collects) {
+          all_loaded ^= loaded(k_block);
+        } else {
+          known = ::sm12x::arch::zero_once_known(loaded(k_block));
+        }
         if constexpr (kNext == 0) {
           pipeline.consumer_release(state, all_loaded);
           if constexpr (!decltype(is_last_tile)::value) {
@@ -540,7 +549,7 @@ struct CollectiveMma<::sm12x::MainloopPtrArrayTmaWarpSpecialized<Stages, Cluster
           }
         }
         if constexpr (kNext != 0 || !decltype(is_last_tile)::value) {
-          load_fragments(state.index(), Int<kNext>{}, Int<kNext>{});
+          load_fragments(state.index() + known, Int<kNext>{}, Int<kNext>{});
         }
         multiply(k_block);
       });

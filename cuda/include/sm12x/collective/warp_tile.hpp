@@ -69,9 +69,8 @@ class WarpTile {
 
   /// Adds the products of `k_tiles` stages, of which the last one has `last_blocks` k-blocks (1 to
   /// kBlocks). Waits for each stage and releases it as soon as its last fragments have arrived.
-  /// ActiveM, ActiveN: atoms
-  /// that count, from the first. LapStages: stages of the ring, where that is known (else 0) and the loop
-  /// is to be unrolled over them.
+  /// ActiveM, ActiveN: atoms that count, from the first. LapStages: stages of the ring, where that is known
+  /// (else 0) and the loop is to be unrolled over them.
   template <int ActiveM, int ActiveN, int LapStages, class Ring, class State>
   __device__ void run(Ring& ring, State& state, Stages const& stages, int k_tiles, int last_blocks,
                       Accumulators& accumulators) const {
@@ -103,6 +102,8 @@ class WarpTile {
           } else if (block + 1 < kBlocks) {
             load(fragments, a, b, block + 1);
           }
+          // With many atoms the fragments of earlier blocks have been multiplied by then: the static check of
+          // the machine code (tests/static/test_sass.py) sees to it.
           if (block + 1 == kBlocks || ActiveM * ActiveN < 8) {
             all_loaded |= loaded(fragments, block);
           }

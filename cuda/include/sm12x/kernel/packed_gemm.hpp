@@ -10,9 +10,8 @@
 ///   others    MMA and epilogue; with two MMA groups (pingpong) they take the CTA's tiles in turns, and
 ///             one group's epilogue hides behind the other's main loop
 /// Registers: a multiprocessor has 65,536, and warps lie on four quarters of it.
-///   4 MMA warps     6 warps                                       255 each
-///   8 MMA warps    10 warps, at most three in a quarter           168 each
-///   8, large tile  12 warps: 4 producers (2 idle) and 8 MMA        120 and 192 each (setmaxnreg)
+///   one atom a warp  10 warps, at most three in a quarter         168 each at most
+///   more             12 warps: 4 producers (2 idle) and 8 MMA      120 and 192 each (setmaxnreg)
 ///
 /// A stage is complete when its bytes have landed and both producers have arrived; it is empty when
 /// every MMA warp of the group that reads it has released it.
@@ -196,8 +195,8 @@ class PackedGemm {
   }
 
   // Finds the CTA's work, loads the weights and hands every piece on: the first one once its first load is
-  // on the way, because nobody can use it before that has arrived; all others while the loads of the one in
-  // front are, because with a row index the tokens warp has to look up its rows.
+  // on the way, because the MMA warps cannot use it before that has arrived; all others while the loads of the
+  // one in front are, because with a row index the tokens warp has to look up its rows.
   __device__ static void find_work(Params const& params, SharedMemory& shared, Ring& ring,
                                    Schedule& schedule, uint32_t stages_of_boxes) {
     Queue queue(shared.queue);

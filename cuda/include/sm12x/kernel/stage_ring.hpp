@@ -87,7 +87,8 @@ class StageRing {
 
   __device__ void wait_full(State const& state) { storage_.full[state.index].wait(state.phase); }
 
-  /// Hands the stage back. A whole warp. `loaded` depends on all that it has read from the stage.
+  /// Hands the stage back. A whole warp. `loaded` depends on all that it has read from the stage; 0 where
+  /// plain stores will write it, which queue behind loads.
   __device__ void release(State const& state, uint32_t loaded) {
     if (cute::elect_one_sync()) {
       arch::arrive_once_loaded(arch::shared_address(&storage_.empty[state.index]), loaded);
