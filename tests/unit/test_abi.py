@@ -40,7 +40,7 @@ def header_layouts():
             forced = re.match(r"SM12X_ALIGN\((\d+)\)\s*(.*)", declaration)
             align = int(forced[1]) if forced else 1
             kind, name, count = re.fullmatch(
-                r"(\w+) (\w+)(?:\[(\w+)\])?", forced[2] if forced else declaration
+                r"(\w+)\s+(\w+)(?:\[(\w+)\])?", forced[2] if forced else declaration
             ).groups()
             size = SIZES[kind] if kind in SIZES else layouts[kind][0]
             align = max(align, SIZES.get(kind) or aligns[kind])
