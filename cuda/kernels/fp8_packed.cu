@@ -26,8 +26,9 @@
 namespace {
 
 using Gemm = sm12x::kernel::PackedGemm<sm12x::kernel::PackedConfig<
-    SM12X_MMA<cute::float_e4m3_t, cute::float_e4m3_t>, SM12X_TILE_M, SM12X_TILE_N, SM12X_TILE_K,
-    SM12X_SWAP_AB, SM12X_WARPS_M, SM12X_WARPS_N, SM12X_MMA_GROUPS, SM12X_PDL>>;
+    sm12x::kernel::Product, SM12X_MMA<cute::float_e4m3_t, cute::float_e4m3_t>, SM12X_TILE_M,
+    SM12X_TILE_N, SM12X_TILE_K, SM12X_SWAP_AB, SM12X_WARPS_M, SM12X_WARPS_N, SM12X_MMA_GROUPS,
+    SM12X_PDL>>;
 
 }  // namespace
 
@@ -59,5 +60,5 @@ __device__ const unsigned sm12x_variant_info[17] = {
 extern "C" __global__ void __launch_bounds__(Gemm::kThreads, 1)
     SM12X_SYMBOL(__grid_constant__ sm12x_packed_params const params) {
   extern __shared__ char shared_memory[];
-  Gemm::body(params, *reinterpret_cast<Gemm::SharedMemory*>(shared_memory));
+  Gemm::body(params, {}, *reinterpret_cast<Gemm::SharedMemory*>(shared_memory));
 }

@@ -1,4 +1,4 @@
-"""The launch structs of cuda/include/sm12x/abi.h and abi_packed.h, mirrored once.
+"""The launch structs of cuda/include/sm12x/abi.h, abi_packed.h and abi_moe.h, mirrored once.
 
 Struct, field and constant names are the header's. `mismatches` compares the mirror with what the build read
 out of the compiled header; a unit test runs it, and so does the first call of a process, before any kernel is
@@ -26,6 +26,12 @@ SM12X_BIAS_FLOAT16 = 2
 SM12X_OUT_FLOAT32 = 0
 SM12X_OUT_BFLOAT16 = 1
 SM12X_OUT_FLOAT16 = 2
+SM12X_OUT_E4M3 = 3
+
+SM12X_ACTIVATION_SILU = 0
+SM12X_ACTIVATION_GELU = 1
+SM12X_ACTIVATION_GELU_TANH = 2
+SM12X_ACTIVATION_RELU2 = 3
 
 SM12X_ROWS_PACKED = 0
 SM12X_ROWS_MASKED = 1
@@ -204,6 +210,33 @@ class sm12x_packed_params(ctypes.Structure):
         ("out_type", ctypes.c_int32),
         ("least_units", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
+    ]
+
+
+class sm12x_up_params(ctypes.Structure):
+    _fields_ = [
+        ("gemm", sm12x_packed_params),
+        ("row_maxima", ctypes.c_uint64),
+        ("d_scale", ctypes.c_uint64),
+        ("d_scale_value", ctypes.c_float),
+        ("alpha", ctypes.c_float),
+        ("beta", ctypes.c_float),
+        ("limit", ctypes.c_float),
+        ("activation", ctypes.c_int32),
+        ("half_stride", ctypes.c_int32),
+        ("pair_stride", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("_tail", ctypes.c_uint8 * 16),
+    ]
+
+
+class sm12x_down_params(ctypes.Structure):
+    _fields_ = [
+        ("gemm", sm12x_packed_params),
+        ("row_maxima", ctypes.c_uint64),
+        ("a_type", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("_tail", ctypes.c_uint8 * 48),
     ]
 
 

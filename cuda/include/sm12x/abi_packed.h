@@ -11,11 +11,12 @@
 extern "C" {
 #endif
 
-/* Type of D where a kernel writes more than one. */
+/* Type of D where a kernel writes more than one. E4M3: fp8_up alone. */
 enum sm12x_out_type {
   SM12X_OUT_FLOAT32 = 0,
   SM12X_OUT_BFLOAT16 = 1,
-  SM12X_OUT_FLOAT16 = 2
+  SM12X_OUT_FLOAT16 = 2,
+  SM12X_OUT_E4M3 = 3
 };
 
 /* How the rows of a packed kernel's call lie. */

@@ -66,6 +66,13 @@ __device__ __forceinline__ void arrive_on_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+/// 16 bytes from registers to shared memory.
+__device__ __forceinline__ void store_16_bytes(uint32_t shared, uint4 const& value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 /// Fetches a tensor map that TMA will need.
 __device__ __forceinline__ void prefetch_tensor_map(void const* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -78,22 +85,34 @@ enum class CachePolicy : uint64_t {
   kEvictLast = 0x14f0000000000000
 };
 
-/// A box of a 3-D tensor into shared memory by TMA; out of bounds it is zeros. The mbarrier gets its
-/// bytes, all of them.
-__device__ __forceinline__ void load_box(void const* map, uint32_t barrier, uint32_t shared, int x,
-                                         int y, int z, CachePolicy policy) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 #define SM12X_TMA_DESTINATION "shared::cta"
 #else
 #define SM12X_TMA_DESTINATION "shared::cluster"
 #endif
+
+/// A box of a 3-D tensor into shared memory by TMA; out of bounds it is zeros. The mbarrier gets its
+/// bytes, all of them.
+__device__ __forceinline__ void load_box(void const* map, uint32_t barrier, uint32_t shared, int x,
+                                         int y, int z, CachePolicy policy) {
   asm volatile(
       "cp.async.bulk.tensor.3d." SM12X_TMA_DESTINATION
       ".global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::
           "r"(shared),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
       : "memory");
-#undef SM12X_TMA_DESTINATION
 }
+
+/// The same of a 5-D tensor whose second and third axes the box has whole.
+__device__ __forceinline__ void load_paired_box(void const* map, uint32_t barrier, uint32_t shared,
+                                                int x, int y, int z, CachePolicy policy) {
+  asm volatile("cp.async.bulk.tensor.5d." SM12X_TMA_DESTINATION
+               ".global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1, {%3, %6, %6, %4, %5}], [%2], %7;" ::"r"(shared),
+               "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(0), "l"(policy)
+               : "memory");
+}
+
+#undef SM12X_TMA_DESTINATION
 
 }  // namespace sm12x::arch

@@ -1,12 +1,14 @@
-/// The kernel layer of the family fp8_packed: grouped FP8 GEMM over stacked weights, one launch a call.
+/// The kernel layer of the families fp8_packed, fp8_up and fp8_down: grouped FP8 GEMM over stacked weights,
+/// one launch a call. What tells them apart is in packed_operations.hpp.
 ///
-/// Weights come through one 3-D tensor map, rows through another or, where a row index says which,
+/// Weights come through one tensor map, rows through another or, where a row index says which,
 /// through 16-byte copies into the same swizzled layout. Nothing is rewritten, prepared or padded.
 ///
 /// Roles, one warp each but for the MMA warps:
 ///   warp 0    finds the CTA's work (packed_scheduler.hpp), hands it to the others (work_queue.hpp) and
 ///             loads the weights: TMA
-///   warp 1    tokens: TMA, or cp.async by all lanes
+///   warp 1    tokens: TMA, or cp.async by all lanes, or quantised from 2-byte rows (packed_operations.hpp),
+///             which an idle warp helps with where there is one
 ///   others    MMA and epilogue; with two MMA groups (pingpong) they take the CTA's tiles in turns, and
 ///             one group's epilogue hides behind the other's main loop
 /// Registers: a multiprocessor has 65,536, and warps lie on four quarters of it.
@@ -27,8 +29,9 @@
 #include <sm12x/arch/grid.hpp>
 #include <sm12x/collective/limits.hpp>
 #include <sm12x/collective/warp_tile.hpp>
-#include <sm12x/epilogue/row_store.hpp>
+#include <sm12x/kernel/packed_operations.hpp>
 #include <sm12x/kernel/packed_scheduler.hpp>
+#include <sm12x/kernel/quantised_rows.hpp>
 #include <sm12x/kernel/split_k.hpp>
 #include <sm12x/kernel/stage_ring.hpp>
 #include <sm12x/kernel/work_queue.hpp>
@@ -37,9 +40,10 @@ namespace sm12x::kernel {
 
 /// What a variant chooses. Tile M, N on the kernel's own sides: under swap_ab M is features. Warps M, N:
 /// how one MMA group's warps divide the tile.
-template <class Mma_, int TileM_, int TileN_, int TileK_, bool SwapAb_, int WarpsM_, int WarpsN_,
-          int MmaGroups_, bool Pdl_>
+template <class Operation_, class Mma_, int TileM_, int TileN_, int TileK_, bool SwapAb_,
+          int WarpsM_, int WarpsN_, int MmaGroups_, bool Pdl_>
 struct PackedConfig {
+  using Operation = Operation_;
   using Mma = Mma_;
   static constexpr int kTileM = TileM_;
   static constexpr int kTileN = TileN_;
@@ -58,7 +62,9 @@ class PackedGemm {
   // Compile-time checks and types
   // -----------------------------------------------------------------------------------------------
 
+  using Operation = typename Config::Operation;
   using Params = sm12x_packed_params;
+  using Extra = typename Operation::Extra;
   static constexpr int log2(int power) { return power == 1 ? 0 : 1 + log2(power / 2); }
   static constexpr int kTokens = Config::kSwapAb ? Config::kTileN : Config::kTileM;
   static constexpr int kFeatures = Config::kSwapAb ? Config::kTileM : Config::kTileN;
@@ -80,13 +86,16 @@ class PackedGemm {
   static constexpr bool kMovesRegisters =
       kMmaWarps == 8 && (!kHoldsScales || kAtomsM * kAtomsN >= 2);
   static constexpr int kProducerWarps = kMovesRegisters ? 4 : 2;
+  // Quantising takes more instructions than copying: one of the idle warps helps.
+  static constexpr bool kQuantisesRows = Operation::kQuantisesRows;
+  static constexpr int kTokensWarps = kQuantisesRows && kMovesRegisters ? 2 : 1;
   static constexpr int kThreads = 32 * (kProducerWarps + kMmaWarps);
   static constexpr int kProducerRegisters = 120;
   static constexpr int kMmaRegisters = 192;
   static_assert(128 * kProducerRegisters + 256 * kMmaRegisters <= 384 * 168);
 
-  using Schedule = PackedSchedule<Config::kSwapAb, kTokens, kFeatures, kTileK>;
-  // Under swap_ab a piece has any number of strips of 8 features. It comes in boxes of 1, 2, 4, 8 and 16
+  using Schedule = PackedSchedule<Config::kSwapAb, kTokens, kFeatures, kTileK, Operation::kStrip>;
+  // Under swap_ab a piece has any number of strips of features. It comes in boxes of 1, 2, 4, 8 and 16
   // strips, because TMA takes some 40 ns for a box however small (measured on an H200).
   static constexpr int kBoxFeatures = Config::kSwapAb ? Schedule::kStrip : kFeatures;
   static constexpr int kBoxes = kFeatures / kBoxFeatures;
@@ -129,7 +138,8 @@ class PackedGemm {
   using Accumulators = typename Tile::Accumulators;
   static constexpr int kValues = kAtomsM * kAtomsN * 4;
   using Split = SplitK<kValues, kGroupWarps>;
-  using Store = epilogue::RowStore<Config::kSwapAb, kAtomsM, kAtomsN, kStepM, kStepN>;
+  using Store =
+      typename Operation::template Store<Config::kSwapAb, kAtomsM, kAtomsN, kStepM, kStepN>;
 
   // -----------------------------------------------------------------------------------------------
   // Shared memory
@@ -178,8 +188,8 @@ class PackedGemm {
 #pragma unroll
         for (int map = kWeightMaps - 1; map >= 0; --map) {
           if (boxes >> map & 1) {
-            arch::load_box(&params.map_b[map], ring.full_barrier(at), to, k * kTileK, feature,
-                           work.group, policy);
+            Operation::load_weights(&params.map_b[map], ring.full_barrier(at), to, k * kTileK,
+                                    feature, work.group, policy);
             to += kBoxBytes << map;
             feature += kBoxFeatures << map;
           }
@@ -309,9 +319,9 @@ class PackedGemm {
 
   // Pingpong: a group waits for its turn, or it could take a stage of the ring's last round, which it
   // did not see, for its own.
-  __device__ static void multiply(Params const& params, SharedMemory& shared, Ring& ring,
-                                  Stages const& stages, PackedWork const& work, int mma_warp,
-                                  uint32_t turn_phase, State& state) {
+  __device__ static void multiply(Params const& params, Extra const& extra, SharedMemory& shared,
+                                  Ring& ring, Stages const& stages, PackedWork const& work,
+                                  int mma_warp, uint32_t turn_phase, State& state) {
     int const mma_group = mma_warp / kGroupWarps;
     int const warp_m = mma_warp % kGroupWarps % Config::kWarpsM;
     int const warp_n = mma_warp % kGroupWarps / Config::kWarpsM;
@@ -327,7 +337,8 @@ class PackedGemm {
     int const last_blocks =
         k_left < kTileK ? (k_left + Tile::kBlockK - 1) / Tile::kBlockK : Tile::kBlocks;
     auto request_scales = [&] {
-      return Store(params, work, Config::kSwapAb ? at_n : at_m, Config::kSwapAb ? at_m : at_n);
+      return Store(params, extra, work, Config::kSwapAb ? at_n : at_m,
+                   Config::kSwapAb ? at_m : at_n);
     };
     auto const early = [&] {
       if constexpr (kHoldsScales) {
@@ -368,23 +379,23 @@ class PackedGemm {
   // Body
   // -----------------------------------------------------------------------------------------------
 
-  __device__ static void body(Params const& params, SharedMemory& shared) {
+  __device__ static void body(Params const& params, Extra const& extra, SharedMemory& shared) {
     int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     int const mma_warp = warp - kProducerWarps;
-    bool const gathers = params.row_index != 0;
+    bool const gathers = !kQuantisesRows && params.row_index != 0;
     Ring ring(shared.ring);
     if (threadIdx.x == 0) {
       for (int map = 0; map < kWeightMaps; ++map) {
         arch::prefetch_tensor_map(&params.map_b[map]);
       }
-      if (!gathers) {
+      if (!gathers && !kQuantisesRows) {
         arch::prefetch_tensor_map(&params.map_a);
       }
       for (int group = 0; Config::kMmaGroups > 1 && group < Config::kMmaGroups; ++group) {
         shared.turn[group].init(kGroupWarps);
       }
-      ring.init(1 + (gathers ? 32 : 1), kGroupWarps);
-      Queue(shared.queue).init(1 + kMmaWarps);
+      ring.init(1 + (gathers ? 32 : kTokensWarps), kGroupWarps);
+      Queue(shared.queue).init(kTokensWarps + kMmaWarps);
     }
     Schedule schedule(params);
     // Lane l knows how many stages of l + 1 boxes fit: no division once the work is known.
@@ -394,7 +405,7 @@ class PackedGemm {
     arch::keep(stages_of_boxes);
     __syncthreads();
     auto work_on = [&](auto roles) {
-      work<decltype(roles)::value>(params, shared, ring, schedule, stages_of_boxes, warp);
+      work<decltype(roles)::value>(params, extra, shared, ring, schedule, stages_of_boxes, warp);
     };
     if constexpr (!kMovesRegisters) {
       work_on(cute::Int<kAllRoles>{});
@@ -415,10 +426,10 @@ class PackedGemm {
   static constexpr int kMma = 2;
 
   template <int Roles>
-  __device__ static void work(Params const& params, SharedMemory& shared, Ring& ring,
-                              Schedule& schedule, uint32_t stages_of_boxes, int warp) {
+  __device__ static void work(Params const& params, Extra const& extra, SharedMemory& shared,
+                              Ring& ring, Schedule& schedule, uint32_t stages_of_boxes, int warp) {
     int const mma_warp = warp - kProducerWarps;
-    if (Roles == kProducers && warp > kTokensWarp) {
+    if (Roles == kProducers && warp >= kTokensWarp + kTokensWarps) {
       return;
     }
     if constexpr (Config::kPdl) {
@@ -438,8 +449,11 @@ class PackedGemm {
         break;
       }
       Stages const stages = set_stages(shared, ring, work, stages_of_boxes);
-      if (Roles != kMma && warp == kTokensWarp) {
-        if (params.row_index != 0) {
+      if (Roles != kMma && mma_warp < 0) {
+        if constexpr (kQuantisesRows) {
+          QuantisedRows<Tile, kTokens, kTileK, kTokensWarps>(params, extra, warp - kTokensWarp)
+              .load(ring, work, state, [&](State const& at) { return stages.tokens(at); });
+        } else if (params.row_index != 0) {
           gather_tokens(params, ring, stages, work, state);
         } else {
           load_tokens(params, ring, stages, work, state);
@@ -449,7 +463,7 @@ class PackedGemm {
           // The first group's first turn is there from the start.
           uint32_t const phase =
               turn / Config::kMmaGroups + (turn % Config::kMmaGroups == 0 ? 1 : 0);
-          multiply(params, shared, ring, stages, work, mma_warp, phase % 2, state);
+          multiply(params, extra, shared, ring, stages, work, mma_warp, phase % 2, state);
         } else {
           ring.advance(state, work.k_end - work.k_begin);
         }

@@ -8,7 +8,7 @@
 /// Three schedules. Groups follow each other as they come; T is a group's tiles of tokens.
 ///   turns    CTA c of G takes tiles c, c + G, c + 2G, ...; within a group the tiles of tokens vary
 ///            fastest, so that a tile of weights is used again while it is in L2.
-///   runs     the features of all groups in a row, in strips of 8 weighted with T, are cut into equal
+///   runs     the features of all groups in a row, in strips of 8 (16: with gates and ups) weighted with T, are cut into equal
 ///            runs, one for each CTA, and a run into pieces of at most a tile. No CTA has more than a
 ///            strip's work more than another, whatever the number of tiles; a CTA takes all tiles of
 ///            tokens of a piece one after the other.
@@ -281,11 +281,12 @@ class GroupWalker {
   uint32_t before_[kPerLane];  // tiles of the window before each of them
 };
 
-/// The work of one CTA, in order. Runs: the family's swapped kernels; turns: the others.
-template <bool Runs, int TileTokens, int TileFeatures, int TileK>
+/// The work of one CTA, in order. Runs: the family's swapped kernels; turns: the others. Strip: features that
+/// no run parts.
+template <bool Runs, int TileTokens, int TileFeatures, int TileK, int Strip>
 class PackedSchedule {
  public:
-  static constexpr int kStrip = 8;
+  static constexpr int kStrip = Strip;
   static constexpr uint32_t kMostStrips = TileFeatures / kStrip;
   static_assert((kMostStrips & (kMostStrips - 1)) == 0);
 

@@ -1,0 +1,83 @@
+/// What a kernel of the packed layer computes: a product as it is, or one of an expert layer's two.
+///
+/// An operation says what its launch has beyond sm12x_packed_params (Extra), how the weights come and in what
+/// units of features they are shared out, where the rows come from, and which epilogue stores.
+#pragma once
+
+#include <cstdint>
+
+#include <sm12x/abi_moe.h>
+#include <sm12x/abi_packed.h>
+#include <sm12x/arch/copy.hpp>
+#include <sm12x/epilogue/activation_store.hpp>
+#include <sm12x/epilogue/quantise.hpp>
+#include <sm12x/epilogue/row_store.hpp>
+#include <sm12x/kernel/packed_scheduler.hpp>
+
+namespace sm12x::kernel {
+
+/// D = rows x weights (family fp8_packed).
+struct Product {
+  struct Extra {};
+  static constexpr int kStrip = 8;  // features that stay together
+  static constexpr bool kQuantisesRows = false;
+
+  __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
+                                      int feature, int group, arch::CachePolicy policy) {
+    arch::load_box(map, barrier, to, k, feature, group, policy);
+  }
+
+  template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
+  struct Store : epilogue::RowStore<SwapAb, AtomsM, AtomsN, StepM, StepN> {
+    using Base = epilogue::RowStore<SwapAb, AtomsM, AtomsN, StepM, StepN>;
+    __device__ Store(sm12x_packed_params const& params, Extra const&, PackedWork const& work,
+                     int token, int feature)
+        : Base(params, work, token, feature, epilogue::OwnChannels{}) {}
+  };
+};
+
+/// GEMM1 with its activation (family fp8_up).
+template <bool Gated>
+struct Up {
+  using Extra = sm12x_up_params;
+  static constexpr int kStrip = Gated ? 16 : 8;  // 8 gates and their ups
+  static constexpr bool kQuantisesRows = false;
+
+  __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
+                                      int feature, int group, arch::CachePolicy policy) {
+    if constexpr (Gated) {
+      arch::load_paired_box(map, barrier, to, k, feature / 16, group, policy);
+    } else {
+      arch::load_box(map, barrier, to, k, feature, group, policy);
+    }
+  }
+
+  template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
+  using Store = epilogue::ActivationStore<Gated, SwapAb, AtomsM, AtomsN, StepM, StepN>;
+};
+
+/// GEMM2 on rows that it quantises itself (family fp8_down).
+struct Down {
+  using Extra = sm12x_down_params;
+  static constexpr int kStrip = 8;
+  static constexpr bool kQuantisesRows = true;
+
+  __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
+                                      int feature, int group, arch::CachePolicy policy) {
+    arch::load_box(map, barrier, to, k, feature, group, policy);
+  }
+
+  template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
+  struct Store : epilogue::RowStore<SwapAb, AtomsM, AtomsN, StepM, StepN> {
+    using Base = epilogue::RowStore<SwapAb, AtomsM, AtomsN, StepM, StepN>;
+    __device__ Store(sm12x_packed_params const& params, Extra const& down, PackedWork const& work,
+                     int token, int feature)
+        : Base(params, work, token, feature, epilogue::OwnChannels{},
+               reinterpret_cast<float const*>(down.row_maxima)) {}
+    __device__ void store(typename Base::Accumulators& accumulators) const {
+      Base::store(accumulators, [](float maximum) { return epilogue::scale_of_maximum(maximum); });
+    }
+  };
+};
+
+}  // namespace sm12x::kernel
