@@ -1,11 +1,12 @@
 // Prints size, alignment and the offset and size of every field of the launch structs in
-// sm12x/abi.h and abi_packed.h, and the value of every SM12X_ constant, as one JSON object. The lists
+// sm12x/abi.h, abi_packed.h and abi_moe.h, and the value of every SM12X_ constant, as one JSON object. The lists
 // of names come from cuda/tools/sm12x_build/abi.py, which reads the headers and writes abi_names.inc:
 //   STRUCT_BEGIN(name) FIELD(name, field) ... STRUCT_END(name)   CONSTANT(name)
 #include <cstddef>
 #include <cstdio>
 
 #include <sm12x/abi.h>
+#include <sm12x/abi_moe.h>
 #include <sm12x/abi_packed.h>
 
 namespace {

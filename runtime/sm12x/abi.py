@@ -33,6 +33,17 @@ SM12X_ACTIVATION_GELU = 1
 SM12X_ACTIVATION_GELU_TANH = 2
 SM12X_ACTIVATION_RELU2 = 3
 
+SM12X_QUANTIZE_ROWS = 0
+SM12X_QUANTIZE_MAXIMA = 1
+SM12X_QUANTIZE_TENSOR = 2
+SM12X_QUANTIZE_STATIC = 3
+
+SM12X_ROUTE_ALL = 0
+SM12X_ROUTE_COUNT = 1
+SM12X_ROUTE_PLACE = 2
+
+SM12X_ROUTES_PER_CTA = 8192
+
 SM12X_ROWS_PACKED = 0
 SM12X_ROWS_MASKED = 1
 
@@ -240,6 +251,73 @@ class sm12x_down_params(ctypes.Structure):
     ]
 
 
+class sm12x_quantize_params(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_uint64),
+        ("q", ctypes.c_uint64),
+        ("scale", ctypes.c_uint64),
+        ("source", ctypes.c_uint64),
+        ("weight", ctypes.c_uint64),
+        ("rows", ctypes.c_int64),
+        ("stride_x", ctypes.c_int64),
+        ("stride_q", ctypes.c_int64),
+        ("k", ctypes.c_int32),
+        ("x_type", ctypes.c_int32),
+        ("mode", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("static_scale", ctypes.c_float),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+class sm12x_maxima_params(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_uint64),
+        ("maxima", ctypes.c_uint64),
+        ("rows", ctypes.c_int64),
+        ("stride_x", ctypes.c_int64),
+        ("k", ctypes.c_int32),
+        ("x_type", ctypes.c_int32),
+    ]
+
+
+class sm12x_route_params(ctypes.Structure):
+    _fields_ = [
+        ("tokens", sm12x_quantize_params),
+        ("topk_ids", ctypes.c_uint64),
+        ("topk_weights", ctypes.c_uint64),
+        ("expert_map", ctypes.c_uint64),
+        ("offsets", ctypes.c_uint64),
+        ("row_index", ctypes.c_uint64),
+        ("route_row", ctypes.c_uint64),
+        ("row_weight", ctypes.c_uint64),
+        ("row_maxima", ctypes.c_uint64),
+        ("counts", ctypes.c_uint64),
+        ("routes", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+        ("num_experts", ctypes.c_int32),
+        ("map_size", ctypes.c_int32),
+        ("ids_are_64_bit", ctypes.c_int32),
+        ("phase", ctypes.c_int32),
+        ("route_ctas", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+class sm12x_combine_params(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("route_row", ctypes.c_uint64),
+        ("stride_rows", ctypes.c_int64),
+        ("stride_out", ctypes.c_int64),
+        ("tokens", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+        ("n", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+    ]
+
+
 class sm12x_mma_probe_params(ctypes.Structure):
     _fields_ = [
         ("in", ctypes.c_uint64),
@@ -258,6 +336,12 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
         sm12x_group_record,
         sm12x_prepare_list_params,
         sm12x_packed_params,
+        sm12x_up_params,
+        sm12x_down_params,
+        sm12x_quantize_params,
+        sm12x_maxima_params,
+        sm12x_route_params,
+        sm12x_combine_params,
         sm12x_mma_probe_params,
     )
 }

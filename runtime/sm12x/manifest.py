@@ -22,7 +22,17 @@ PACKAGE = Path(__file__).resolve().parent
 MAJORS = ("cu12", "cu13")
 GRID_AXES = ("x", "y")
 # Tensor maps that the params struct of a GEMM kernel begins with, in its order. Of b there may be several.
-TENSOR_MAPS = {"sm12x_ptr_array_params": ("a", "b", "d"), "sm12x_packed_params": ("a", "b")}
+_PACKED_LAYER = ("sm12x_packed_params", "sm12x_up_params", "sm12x_down_params")
+TENSOR_MAPS = {"sm12x_ptr_array_params": ("a", "b", "d"), **dict.fromkeys(_PACKED_LAYER, ("a", "b"))}
+GEMM_ROLES = ("gemm", "up", "down")  # grouped_gemm's kernels, and the two of an expert layer
+# Kernels that wait for what is ahead of them where they are launched so that they may begin before.
+_PDL_PARAMS = (
+    *_PACKED_LAYER,
+    "sm12x_route_params",
+    "sm12x_quantize_params",
+    "sm12x_maxima_params",
+    "sm12x_combine_params",
+)
 REINSTALL = "reinstall sm12x"
 
 
@@ -69,7 +79,7 @@ class Variant:
     Preparation kernels (`role` "prepare_packed", "prepare_list") have no tile, types or tensor maps. `outs`:
     types of D that it can write. `pdl`: launched so that it may begin before what is ahead of it in the
     stream has ended. `token_step`: a tile computes its tokens in steps of so many and skips those past the
-    group's end; 0 means that it computes the whole tile.
+    group's end; 0 means that it computes the whole tile. `gated`: GEMM1 of gates and ups.
     """
 
     key: str
@@ -95,6 +105,7 @@ class Variant:
     token_step: int = 0
     mma_warps: int = 0
     weight_maps: int = 0
+    gated: bool = False
 
     @property
     def out(self) -> str:
@@ -121,10 +132,11 @@ class Manifest:
     abi: Mapping[str, Any]
     variants: Mapping[str, Variant]
 
-    def gemms(self, family: str | None = None) -> tuple[Variant, ...]:
-        """The GEMM kernels in the manifest's order."""
+    def gemms(self, family: str | None = None, role: str = "gemm") -> tuple[Variant, ...]:
+        """The GEMM kernels in the manifest's order: grouped_gemm's, or with `role` "up" or "down" those of an
+        expert layer."""
         return tuple(
-            v for v in self.variants.values() if v.role == "gemm" and (family is None or v.family == family)
+            v for v in self.variants.values() if v.role == role and (family is None or v.family == family)
         )
 
     def only(self, family: str, role: str) -> Variant:
@@ -265,7 +277,7 @@ def read_cubin(manifest: Manifest, variant: Variant, arch: str, major: str) -> b
 
 
 def _variant(key: str, raw: Mapping[str, Any]) -> Variant:
-    gemm = raw["role"] == "gemm"
+    gemm = raw["role"] in GEMM_ROLES
     variant = Variant(
         key=key,
         family=str(raw["family"]),
@@ -281,19 +293,20 @@ def _variant(key: str, raw: Mapping[str, Any]) -> Variant:
     )
     if variant.grid_axis not in GRID_AXES:
         raise ValueError(f"{key}: grid_axis {variant.grid_axis!r}")
-    if variant.pdl and variant.params != "sm12x_packed_params":
+    if variant.pdl and variant.params not in _PDL_PARAMS:
         raise ValueError(f"{key}: programmatic dependent launch needs a newer sm12x")
     if variant.workspace_per_cta % 128:
         raise ValueError(f"{key}: workspace_per_cta {variant.workspace_per_cta} is not a multiple of 128")
     if not gemm:
         return variant
-    packed = variant.params == "sm12x_packed_params"
+    packed = variant.params in _PACKED_LAYER
     return Variant(
         **{name: getattr(variant, name) for name in _COMMON},
         tile=_three(raw["tile"]),
         schedule=str(raw["schedule"]),
         swap_ab=bool(raw["swap_ab"]),
         token_step=int(raw.get("token_step", 0)),
+        gated=bool(raw.get("gated", False)),
         a=str(raw["a"]),
         b=str(raw["b"]),
         outs=_outs(raw),

@@ -1,4 +1,4 @@
-"""The ctypes mirror of abi.h and abi_packed.h lays every struct out as the headers do."""
+"""The ctypes mirror of abi.h, abi_packed.h and abi_moe.h lays every struct out as the headers do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sm12x import abi
 from unit.fake_family import abi_record
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADERS = [ROOT / "cuda" / "include" / "sm12x" / name for name in ("abi.h", "abi_packed.h")]
+HEADERS = [ROOT / "cuda" / "include" / "sm12x" / name for name in ("abi.h", "abi_packed.h", "abi_moe.h")]
 MANIFEST = ROOT / "cubins" / "manifest.json"
 SIZES = {"uint64_t": 8, "int64_t": 8, "int32_t": 4, "float": 4, "uint16_t": 2}
 

@@ -50,6 +50,90 @@ typedef struct sm12x_down_params {
   int32_t reserved;
 } sm12x_down_params;
 
+/* Types of rows that are read or written: those of d, enum sm12x_out_type. */
+
+/* Where the scale of a quantised row comes from. */
+enum sm12x_quantize_mode {
+  SM12X_QUANTIZE_ROWS = 0,   /* the row's own maximum */
+  SM12X_QUANTIZE_MAXIMA = 1, /* of the row, given: uint32_t (rows,), its bits */
+  SM12X_QUANTIZE_TENSOR = 2, /* the largest of `count` given maxima, for all rows */
+  SM12X_QUANTIZE_STATIC = 3  /* one scale for all rows */
+};
+
+/* q[row, i] = e4m3(x[row, i] * weight[row] / scale), the product rounded to x's type. A scale from a maximum is
+ * max(maximum, 1 / 512) / 448. */
+typedef struct sm12x_quantize_params {
+  uint64_t x;      /* (rows, k) of x_type */
+  uint64_t q;      /* (rows, k) */
+  uint64_t scale;  /* float: written, (rows,) with ROWS and MAXIMA, else one; or 0 */
+  uint64_t source; /* MAXIMA, TENSOR: the maxima; STATIC: float*, or 0: static_scale */
+  uint64_t weight; /* float (rows,), or 0 */
+  int64_t rows;
+  int64_t stride_x;
+  int64_t stride_q;
+  int32_t k;
+  int32_t x_type;
+  int32_t mode;
+  int32_t count;
+  float static_scale;
+  int32_t reserved;
+} sm12x_quantize_params;
+
+/* maxima[block] = bits of the largest |x| of its share of the rows. */
+typedef struct sm12x_maxima_params {
+  uint64_t x;
+  uint64_t maxima; /* uint32_t, one for each CTA */
+  int64_t rows;
+  int64_t stride_x;
+  int32_t k;
+  int32_t x_type;
+} sm12x_maxima_params;
+
+/* Routes that one CTA sorts. With more of them, a launch counts and another one places. */
+#define SM12X_ROUTES_PER_CTA 8192
+
+enum sm12x_route_phase {
+  SM12X_ROUTE_ALL = 0,   /* one CTA counts and places */
+  SM12X_ROUTE_COUNT = 1, /* CTAs count their routes */
+  SM12X_ROUTE_PLACE = 2  /* CTAs place them, after a launch that has counted */
+};
+
+/* Sorts routes by expert and, in the same launch, quantises the tokens' rows: the first route_ctas CTAs sort,
+ * each of the others takes a row. Not with PLACE. */
+typedef struct sm12x_route_params {
+  sm12x_quantize_params tokens; /* rows 0: none are quantised */
+  uint64_t topk_ids;            /* int32 or int64 (tokens, top_k) */
+  uint64_t topk_weights;        /* float (tokens, top_k), or 0 */
+  uint64_t expert_map;          /* int32_t (map_size,): a global expert's local number, or 0 */
+  uint64_t offsets;             /* int32_t (num_experts + 1,) */
+  uint64_t row_index;           /* int32_t (routes,): token of a row, -1 behind the last row */
+  uint64_t route_row;           /* int32_t (routes,): row of a route, -1 where it has none */
+  uint64_t row_weight;          /* float (routes,), 0 behind the last row; or 0 */
+  uint64_t row_maxima;          /* uint32_t (routes,): zeroed; or 0 */
+  uint64_t counts;              /* COUNT, PLACE: int32_t (route_ctas, num_experts) */
+  int32_t routes;
+  int32_t top_k;
+  int32_t num_experts;
+  int32_t map_size;
+  int32_t ids_are_64_bit;
+  int32_t phase;
+  int32_t route_ctas;
+  int32_t reserved;
+} sm12x_route_params;
+
+/* out[t] = sum over j in order of rows[route_row[t, j]], those that there are, in FP32, rounded once. */
+typedef struct sm12x_combine_params {
+  uint64_t rows;      /* (rows, n) of type */
+  uint64_t out;       /* (tokens, n) of type */
+  uint64_t route_row; /* int32_t (tokens, top_k) */
+  int64_t stride_rows;
+  int64_t stride_out;
+  int32_t tokens;
+  int32_t top_k;
+  int32_t n;
+  int32_t type;
+} sm12x_combine_params;
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

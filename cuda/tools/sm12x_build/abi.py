@@ -1,4 +1,4 @@
-"""The manifest's ABI part: names out of sm12x/abi.h and abi_packed.h, sizes and offsets from the host
+"""The manifest's ABI part: names out of sm12x/abi.h, abi_packed.h and abi_moe.h, sizes and offsets from the host
 compiler.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from . import ROOT, BuildError
 
-HEADERS = ("abi.h", "abi_packed.h")
+HEADERS = ("abi.h", "abi_packed.h", "abi_moe.h")
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 _STRUCT = re.compile(r"typedef\s+struct\s+(\w+)\s*\{(.*?)\}\s*(\w+)\s*;", re.DOTALL)
 _ENUM = re.compile(r"\benum\s+\w+\s*\{(.*?)\}", re.DOTALL)

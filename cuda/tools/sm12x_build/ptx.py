@@ -6,13 +6,15 @@ import re
 from typing import Any
 
 from . import BuildError
+from .variants import GEMM_ROLES
 
 INFO_SYMBOL = "sm12x_variant_info"
 _GRID_AXES = ("x", "y")
 _INFO_HEAD = ("threads", "shared_memory", "stages", "grid_axis", "workspace_per_cta")
 # What the GEMM kernels of a family state beyond the head: more numbers, then tensor maps.
-_GEMM_NUMBERS = {"fp8_ptr_array": (), "fp8_packed": ("mma_warps", "weight_maps")}
-_GEMM_MAPS = {"fp8_ptr_array": ("a", "b", "d"), "fp8_packed": ("a", "b")}
+_PACKED_LAYER = ("fp8_packed", "fp8_up", "fp8_down")
+_GEMM_NUMBERS = {"fp8_ptr_array": (), **dict.fromkeys(_PACKED_LAYER, ("mma_warps", "weight_maps"))}
+_GEMM_MAPS = {"fp8_ptr_array": ("a", "b", "d"), **dict.fromkeys(_PACKED_LAYER, ("a", "b"))}
 _MAP_NUMBERS = 5  # rank, box0, box1, swizzle, element_bytes
 _MOST_WEIGHT_MAPS = 6  # SM12X_WEIGHT_MAPS of abi_packed.h
 _INTERNAL = re.compile(r"_INTERNAL_([0-9a-f]{8})_(\d+)_")
@@ -122,7 +124,7 @@ def variant_facts(text: str, family: str, role: str) -> dict[str, Any]:
     words = info_words(text)
     numbers: tuple[str, ...] = _INFO_HEAD
     map_names: tuple[str, ...] = ()
-    if role == "gemm":
+    if role in GEMM_ROLES:
         if family not in _GEMM_MAPS:
             raise BuildError(f"what do GEMM kernels of the family {family} state in {INFO_SYMBOL}?")
         numbers += _GEMM_NUMBERS[family]

@@ -20,8 +20,10 @@ _KEY = re.compile(r"[a-z][a-z0-9_]*")
 _COMMON = {"key": str, "source": str, "family": str, "role": str, "params": str}
 _GEMM = {"tile": list, "schedule": str, "swap_ab": bool, "a": str, "b": str, "mma": str}
 _PROBE = {"mma": str}
+# Kernels that multiply: grouped_gemm's, and the two of an expert layer.
+GEMM_ROLES = ("gemm", "up", "down")
 # In the manifest where the row has them.
-_OPTIONAL_FACTS = {"out": str, "outs": list, "token_step": int}
+_OPTIONAL_FACTS = {"out": str, "outs": list, "token_step": int, "gated": bool}
 # For the build alone.
 _OPTIONAL = {"symbol": str, "defines": dict, "pdl": bool, "targets": list, "warps": list, "mma_groups": int}
 
@@ -88,7 +90,7 @@ def _rows(table: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any
 
 
 def _parse(row: dict[str, Any], where: str) -> Variant:
-    needed = {**_COMMON, **{"gemm": _GEMM, "probe": _PROBE}.get(str(row.get("role")), {})}
+    needed = {**_COMMON, **{**dict.fromkeys(GEMM_ROLES, _GEMM), "probe": _PROBE}.get(str(row.get("role")), {})}
     known = {**needed, **_OPTIONAL_FACTS, **_OPTIONAL}
     for column, kind in known.items():
         if column not in row:
@@ -104,7 +106,7 @@ def _parse(row: dict[str, Any], where: str) -> Variant:
     targets = tuple(row.get("targets", TARGETS))
     if not targets or not set(targets) <= set(TARGETS):
         raise BuildError(f"{where}: targets should be some of {list(TARGETS)}, got {list(targets)}")
-    if row["role"] == "gemm":
+    if row["role"] in GEMM_ROLES:
         if len(row["tile"]) != 3 or not all(isinstance(n, int) for n in row["tile"]):
             raise BuildError(f"{where}: tile should be three integers (M, N, K), got {row['tile']!r}")
         if ("out" in row) == ("outs" in row) or not row.get("outs", ["one"]):

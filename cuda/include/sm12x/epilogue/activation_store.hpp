@@ -33,8 +33,8 @@ struct PairedChannels {
 
 /// Gated: there are ups. Steps: those of TileScales.
 template <bool Gated, bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
-class ActivationStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN> {
-  using Scales = TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN>;
+class ActivationStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN, false> {
+  using Scales = TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN, false>;
   using Scales::feature_;
   using Scales::lane;
   using Scales::params_;

@@ -20,7 +20,8 @@ struct OwnChannels {
 };
 
 /// StepM, StepN: rows from one atom on the m side, and from one pair of atoms on the n side, to the next.
-template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
+/// Weighted: there may be a row_weight.
+template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN, bool Weighted = true>
 class TileScales {
  public:
   using Accumulators = float[AtomsM][AtomsN][4];
@@ -102,7 +103,7 @@ class TileScales {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       int64_t row = first + min(token_ + token_at(i), tile_.rows - 1);
-      row_weight_[i] = weight != nullptr ? weight[row] : 1.0f;
+      row_weight_[i] = Weighted && weight != nullptr ? weight[row] : 1.0f;
       bool reads_zeros = false;
       if (mode == SM12X_SCALE_VECTOR && params_.row_index != 0) {
         row = kernel::indexed_row(params_, row);
@@ -118,7 +119,7 @@ class TileScales {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       int64_t const row = first + min(token_ + token_at(i), tile_.rows - 1);
-      row_weight_[i] = weight != nullptr ? weight[row] : 1.0f;
+      row_weight_[i] = Weighted && weight != nullptr ? weight[row] : 1.0f;
       token_scale_[i] = of_rows[row];
     }
   }

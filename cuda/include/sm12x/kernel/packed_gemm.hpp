@@ -88,7 +88,8 @@ class PackedGemm {
   static constexpr int kProducerWarps = kMovesRegisters ? 4 : 2;
   // Quantising takes more instructions than copying: one of the idle warps helps.
   static constexpr bool kQuantisesRows = Operation::kQuantisesRows;
-  static constexpr int kTokensWarps = kQuantisesRows && kMovesRegisters ? 2 : 1;
+  static constexpr int kTokensWarps =
+      kQuantisesRows && kMovesRegisters && kTokens * kTileK >= 1024 ? 2 : 1;
   static constexpr int kThreads = 32 * (kProducerWarps + kMmaWarps);
   static constexpr int kProducerRegisters = 120;
   static constexpr int kMmaRegisters = 192;
