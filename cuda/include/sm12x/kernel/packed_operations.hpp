@@ -21,6 +21,7 @@ struct Product {
   struct Extra {};
   static constexpr int kStrip = 8;  // features that stay together
   static constexpr bool kQuantisesRows = false;
+  static constexpr int kMmaRegisters = 192;  // where registers move from the producers
 
   __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
                                       int feature, int group, arch::CachePolicy policy) {
@@ -42,6 +43,7 @@ struct Up {
   using Extra = sm12x_up_params;
   static constexpr int kStrip = Gated ? 16 : 8;  // 8 gates and their ups
   static constexpr bool kQuantisesRows = false;
+  static constexpr int kMmaRegisters = 200;
 
   __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
                                       int feature, int group, arch::CachePolicy policy) {
@@ -61,6 +63,7 @@ struct Down {
   using Extra = sm12x_down_params;
   static constexpr int kStrip = 8;
   static constexpr bool kQuantisesRows = true;
+  static constexpr int kMmaRegisters = 192;
 
   __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
                                       int feature, int group, arch::CachePolicy policy) {
