@@ -80,6 +80,7 @@ OUT_TYPES = {
     "float32": SM12X_OUT_FLOAT32,
     "bfloat16": SM12X_OUT_BFLOAT16,
     "float16": SM12X_OUT_FLOAT16,
+    "float8_e4m3fn": SM12X_OUT_E4M3,
 }
 
 
@@ -258,6 +259,7 @@ class sm12x_quantize_params(ctypes.Structure):
         ("scale", ctypes.c_uint64),
         ("source", ctypes.c_uint64),
         ("weight", ctypes.c_uint64),
+        ("row_count", ctypes.c_uint64),
         ("rows", ctypes.c_int64),
         ("stride_x", ctypes.c_int64),
         ("stride_q", ctypes.c_int64),
@@ -266,7 +268,7 @@ class sm12x_quantize_params(ctypes.Structure):
         ("mode", ctypes.c_int32),
         ("count", ctypes.c_int32),
         ("static_scale", ctypes.c_float),
-        ("reserved", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
     ]
 
 
@@ -293,6 +295,7 @@ class sm12x_route_params(ctypes.Structure):
         ("row_weight", ctypes.c_uint64),
         ("row_maxima", ctypes.c_uint64),
         ("counts", ctypes.c_uint64),
+        ("padded", ctypes.c_uint64),
         ("routes", ctypes.c_int32),
         ("top_k", ctypes.c_int32),
         ("num_experts", ctypes.c_int32),
@@ -300,6 +303,8 @@ class sm12x_route_params(ctypes.Structure):
         ("ids_are_64_bit", ctypes.c_int32),
         ("phase", ctypes.c_int32),
         ("route_ctas", ctypes.c_int32),
+        ("padded_bytes", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     ]
 

@@ -61,13 +61,15 @@ def encode_array(
 
     `shape`: elements in each dimension, innermost first, as many as the map has. `strides`: bytes between
     neighbours in each dimension but the innermost, multiples of 16. What a box has past the array is zero.
-    `size` doubles the box's second dimension so many times: maps of the weights differ in that.
+    `size` doubles the box's features so many times: maps of the weights differ in that.
     Raises CudaError where the driver refuses them.
     """
     spec = _specification(variant, name)
     rank = spec.rank
     box = [*spec.box, *(1,) * (rank - len(spec.box))]
-    if size:
+    if rank == 5:  # (k, 8, 2, 8 gates and their ups, experts): 8 gates and 8 ups in turns, in shared memory
+        box = [box[0], 8, 2, (box[1] << size) // 16, 1]
+    elif size:
         box[1] <<= size
     kind = _UINT8 if spec.element_bytes == 1 else {"float16": _FLOAT16, "bfloat16": _BFLOAT16}[variant.out]
     storage = (ctypes.c_uint64 * 24)()  # 128 bytes that begin at a multiple of 64, wherever ctypes put them

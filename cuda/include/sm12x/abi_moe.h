@@ -63,11 +63,13 @@ enum sm12x_quantize_mode {
 /* q[row, i] = e4m3(x[row, i] * weight[row] / scale), the product rounded to x's type. A scale from a maximum is
  * max(maximum, 1 / 512) / 448. */
 typedef struct sm12x_quantize_params {
-  uint64_t x;      /* (rows, k) of x_type */
-  uint64_t q;      /* (rows, k) */
-  uint64_t scale;  /* float: written, (rows,) with ROWS and MAXIMA, else one; or 0 */
-  uint64_t source; /* MAXIMA, TENSOR: the maxima; STATIC: float*, or 0: static_scale */
-  uint64_t weight; /* float (rows,), or 0 */
+  uint64_t x;         /* (rows, k) of x_type */
+  uint64_t q;         /* (rows, k) */
+  uint64_t scale;     /* float: written, (rows,) with ROWS and MAXIMA, else one; or 0 */
+  uint64_t source;    /* MAXIMA, TENSOR: the maxima; STATIC: float*, or 0: static_scale */
+  uint64_t weight;    /* float (rows,), or 0 */
+  uint64_t row_count; /* int32_t*: of the rows only so many are there, behind them `padding` rows of
+                         zeros, for a GEMM's last tile; or 0 */
   int64_t rows;
   int64_t stride_x;
   int64_t stride_q;
@@ -76,7 +78,7 @@ typedef struct sm12x_quantize_params {
   int32_t mode;
   int32_t count;
   float static_scale;
-  int32_t reserved;
+  int32_t padding;
 } sm12x_quantize_params;
 
 /* maxima[block] = bits of the largest |x| of its share of the rows. */
@@ -111,6 +113,8 @@ typedef struct sm12x_route_params {
   uint64_t row_weight;          /* float (routes,), 0 behind the last row; or 0 */
   uint64_t row_maxima;          /* uint32_t (routes,): zeroed; or 0 */
   uint64_t counts;              /* COUNT, PLACE: int32_t (route_ctas, num_experts) */
+  uint64_t
+      padded; /* rows of padded_bytes, of which `padding` behind the last row are zeroed; or 0 */
   int32_t routes;
   int32_t top_k;
   int32_t num_experts;
@@ -118,6 +122,8 @@ typedef struct sm12x_route_params {
   int32_t ids_are_64_bit;
   int32_t phase;
   int32_t route_ctas;
+  int32_t padded_bytes; /* a multiple of 16 */
+  int32_t padding;
   int32_t reserved;
 } sm12x_route_params;
 

@@ -60,25 +60,14 @@ def emulated_call(
     """
     from ..emulator import host_arrays as mirrors
 
-    if stream is not None:
-        raise ValueError(f"stream: expected None with the emulator, which has no streams, got {stream!r}")
+    refuse_stream(stream)
     finish: Callable[[Any], Any] = list if is_sequence(out) else _same
     results = out
     if out is None:
         results, finish = _outputs(a, b, inputs["row_index"], out_dtype)
 
     def take(value: Any, name: str, role: int = mirrors.INPUT) -> Any:
-        """What stands for `value`; what is no array stays as it is, and `call` says what it thinks of it."""
-        if value is None or isinstance(value, (numbers.Number, str)):
-            return value
-        if is_sequence(value):
-            return [take(entry, f"{name}[{i}]", role) for i, entry in enumerate(value)]
-        array = _ingest(value, name)
-        if array is None:
-            return value
-        if role != mirrors.INPUT:
-            validate.writable(array, name)
-        return mirror.add(array, name, role)
+        return _mirrored(mirror, value, name, role)
 
     with mirrors.Mirror(device()) as mirror:
         arguments = {name: take(value, name) for name, value in inputs.items()}
@@ -98,6 +87,59 @@ def emulated_call(
         mirror.collect()
     # Without outputs of ours there was nothing to compute, as in a list call without groups.
     return returned if results is None else finish(results)
+
+
+def _mirrored(mirror: Any, value: Any, name: str, role: int) -> Any:
+    """What stands for `value`; what is no array stays as it is, and the call says what it thinks of it."""
+    from ..emulator.host_arrays import INPUT
+
+    if value is None or isinstance(value, (numbers.Number, str)):
+        return value
+    if is_sequence(value):
+        return [_mirrored(mirror, entry, f"{name}[{i}]", role) for i, entry in enumerate(value)]
+    array = _ingest(value, name)
+    if array is None:
+        return value
+    if role != INPUT:
+        validate.writable(array, name)
+    return mirror.add(array, name, role)
+
+
+def refuse_stream(stream: Any) -> None:
+    """Raises ValueError for a stream."""
+    if stream is not None:
+        raise ValueError(f"stream: expected None with the emulator, which has no streams, got {stream!r}")
+
+
+def mirrored_call(
+    call: Callable[..., Any], inputs: dict[str, Any], outputs: dict[str, Any], scratch: dict[str, Any]
+) -> None:
+    """Make `call`, by keyword, with what stands for host arrays in emulated memory, and bring `outputs` and
+    `scratch` back. What is no array is passed as it is."""
+    from ..emulator import host_arrays as mirrors
+
+    with mirrors.Mirror(device()) as mirror:
+        roles = (inputs, mirrors.INPUT), (outputs, mirrors.OUTPUT), (scratch, mirrors.SCRATCH)
+        taken = {
+            name: _mirrored(mirror, value, name, role)
+            for arguments, role in roles
+            for name, value in arguments.items()
+        }
+        mirror.upload()
+        call(**taken)
+        mirror.collect()
+
+
+def new_output(framework: str, shape: tuple[int, ...], dtype: str) -> tuple[Any, Callable[[Any], Any]]:
+    """A new array of zeros in host memory, and what makes of it what the caller gets. JAX's own arrays cannot
+    be written: it gets a copy."""
+    if framework != "jax":
+        made = allocate_like(framework, shape, dtype, HOST, 0)
+        made[...] = 0
+        return made, _same
+    import numpy
+
+    return numpy.zeros(shape, numpy_dtype(dtype)), sys.modules["jax"].numpy.asarray
 
 
 def _same(results: Any) -> Any:
@@ -141,12 +183,4 @@ def _outputs(a: Any, b: Any, row_index: Any, out_dtype: Any) -> tuple[Any, Calla
         if index is None or len(index.shape) != 1:
             return None, _same
         rows = index.shape
-    shape = (*rows, w.shape[-2])
-    if x.framework != "jax":
-        made = allocate_like(x.framework, shape, kind, HOST, 0)
-        made[...] = 0
-        return made, _same
-    import numpy
-
-    # JAX's own arrays cannot be written: it gets a copy.
-    return numpy.zeros(shape, numpy_dtype(kind)), sys.modules["jax"].numpy.asarray
+    return new_output(x.framework, (*rows, w.shape[-2]), kind)

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..tensors import framework_of
-from . import emulated
-from .arguments import refuse_for_numpy
+from .. import driver
+from ..arrays import HOST, Array
+from ..tensors import allocate_like, current_stream, deliver, framework_of, ingest
+from . import emulated, validate
+from .arguments import device_of, refuse_for_numpy, scale
+from .moe_plan import LayerPlan
+from .moe_validate import CallArrays, LayerArrays, LayerOptions
+
+MAX_PLANS = 1024  # layers: of a few models
+_plans: dict[Any, LayerPlan] = {}
+driver.clear_after_fork(_plans)
 
 
 def fused_moe(
@@ -138,4 +146,117 @@ def _fused_moe_on_device(
 ) -> Any:
     """The same with the GPU's kernels; `layer`: all arguments that each call does not bring, by name;
     `emulator`: on host arrays, in the emulator."""
-    raise NotImplementedError("sm12x.fused_moe: the GPU path is not there yet")
+    if emulator:
+        return _emulated(x, w1, w2, topk_weights, topk_ids, layer, out, workspace, stream)
+    handle, given, device = take_call_arrays(x, topk_weights, topk_ids, out, workspace, stream)
+    arrays, options = take_layer_arrays(w1, w2, layer, handle)
+    key = (tuple(each[:6] if isinstance(each, Array) else each for each in arrays), options)
+    try:
+        plan = _plans.get(key)
+    except TypeError:  # an argument that cannot be hashed: planning says which
+        plan = key = None  # type: ignore[assignment]
+    if plan is None:
+        plan = LayerPlan(arrays, options)
+        if key is not None:
+            if len(_plans) >= MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    inputs = [array for _, array in arrays.named() if array is not None]
+    return run_layer(plan, given, out, handle, device, inputs)
+
+
+def take_call_arrays(
+    x: Any, topk_weights: Any, topk_ids: Any, out: Any, workspace: Any, stream: Any
+) -> tuple[int, CallArrays, int]:
+    """What a call brings: the stream's handle, the arrays, the device."""
+    leader, name = (x, "x") if out is None else (out, "out")
+    framework = framework_of(leader, name)
+    lead: Array | None = None
+    device = HOST
+    if framework == "torch" or framework == "cupy":  # taken in as they are, whatever the stream
+        lead = ingest(leader, name, 0)
+        device = lead.device
+    if device < 0:
+        device = device_of(leader, framework, name)
+    handle = current_stream(framework, device) if stream is None else validate.stream_handle(stream)
+    if lead is None:
+        lead = ingest(leader, name, handle)
+    given = CallArrays(
+        lead if out is None else ingest(x, "x", handle),
+        ingest(topk_weights, "topk_weights", handle),
+        ingest(topk_ids, "topk_ids", handle),
+        None if out is None else lead,
+        None if workspace is None else ingest(workspace, "workspace", handle),
+    )
+    return handle, given, device
+
+
+def take_layer_arrays(
+    w1: Any, w2: Any, layer: dict[str, Any], stream: int
+) -> tuple[LayerArrays, LayerOptions]:
+    """What makes a layer: its arrays, taken in on `stream`, and its other arguments."""
+
+    def take(name: str) -> Array | None:
+        value = layer[name]
+        return None if value is None else ingest(value, name, stream)
+
+    def static(name: str) -> validate.Scale | None:
+        return None if layer[name] is None else scale(layer[name], name, stream)
+
+    arrays = LayerArrays(
+        w1=ingest(w1, "w1", stream),
+        w2=ingest(w2, "w2", stream),
+        w1_scale=scale(layer["w1_scale"], "w1_scale", stream),
+        w2_scale=scale(layer["w2_scale"], "w2_scale", stream),
+        a1_scale=static("a1_scale"),
+        a2_scale=static("a2_scale"),
+        expert_map=take("expert_map"),
+        bias1=take("bias1"),
+        bias2=take("bias2"),
+    )
+    return arrays, LayerOptions(**{name: layer[name] for name in LayerOptions._fields})
+
+
+def run_layer(
+    plan: LayerPlan, given: CallArrays, out: Any, stream: int, device: int, weights: list[Array]
+) -> Any:
+    """One call of a planned layer; `weights`: the layer's arrays, which JAX has to keep."""
+    calls = plan.take(given)
+    target = given.out
+    if target is None:
+        shape = (calls.call.routes.tokens, plan.layer.hidden)
+        out = allocate_like(given.x.framework, shape, calls.call.dtype, device, stream)
+        target = ingest(out, "out", stream)
+    plan.run(calls, given, target, stream)
+    inputs = [given.x, given.topk_weights, given.topk_ids, *weights]
+    if any(array.framework == "jax" for array in inputs):
+        (out,) = deliver([out], inputs, stream, device)
+    return out
+
+
+def _emulated(
+    x: Any,
+    w1: Any,
+    w2: Any,
+    topk_weights: Any,
+    topk_ids: Any,
+    layer: dict[str, Any],
+    out: Any,
+    workspace: Any,
+    stream: Any,
+) -> Any:
+    emulated.refuse_stream(stream)
+    finish = None
+    if out is None:
+        given = ingest(x, "x", 0)
+        out, finish = emulated.new_output(given.framework, given.shape, given.dtype)
+    arrays = {name: value for name, value in layer.items() if name not in LayerOptions._fields}
+    options = {name: layer[name] for name in LayerOptions._fields}
+    inputs = {"x": x, "w1": w1, "w2": w2, "topk_weights": topk_weights, "topk_ids": topk_ids, **arrays}
+    emulated.mirrored_call(
+        lambda **taken: fused_moe(**taken, **options, backend="auto"),
+        inputs,
+        {"out": out},
+        {"workspace": workspace},
+    )
+    return out if finish is None else finish(out)

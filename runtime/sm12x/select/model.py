@@ -9,7 +9,7 @@
     smem     bytes into shared memory, weights once for every tile of tokens: at L2's rate for all SMs
              together, or at one SM's ceiling for the busiest
     gather   the busiest CTA's token rows, copied 16 bytes at a time by one warp, and what handing each k-tile
-             over takes it; 0 without a row index
+             over takes it, or quantised on the way by two warps; 0 where TMA brings them
     mma      multiply-adds of the busiest CTA: padded tiles, useful k-blocks, what a k-tile costs besides
     tiles    the end of each tile of the busiest CTA: draining, epilogue
     split    split-K: parts handed in and added up
@@ -31,11 +31,11 @@ from dataclasses import dataclass
 from math import ceil
 
 from ..manifest import Variant
-from .problem import STRIP, Groups, Problem, takes_runs, units_upper_bound
+from .problem import Groups, Problem, strip_of, takes_runs, units_upper_bound
 from .rates import FAMILIES, RATES, dram
 
 MMA_M, MMA_K = 16, 32  # of one MMA instruction
-OUT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+OUT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,8 @@ def measure(problem: Problem, groups: Sequence[Groups], variant: Variant) -> Wor
     skips_k, out_bytes = FAMILIES[variant.family].skips_k, OUT_BYTES[problem.out]
     token, feature, tile_k = variant.token_tile, variant.feature_tile, variant.tile[2]
     step = variant.token_step or token
-    padded_to = STRIP if takes_runs(variant) else feature
+    strip = strip_of(variant)
+    padded_to = strip if takes_runs(variant) else feature
     sums = [0.0] * 13
     for group in groups:
         count, rows, n, k = group.count, group.rows, group.n, group.k
@@ -116,7 +117,8 @@ def measure(problem: Problem, groups: Sequence[Groups], variant: Variant) -> Wor
         computed_rows = -(-rows // step) * step
         computed_n = -(-n // padded_to) * padded_to
         tiles = token_tiles * -(-n // feature)
-        strips = -(-n // STRIP)
+        strips = -(-n // strip)
+        written = n // 2 if variant.gated else n
         for at, value in enumerate(
             (
                 1,
@@ -127,7 +129,7 @@ def measure(problem: Problem, groups: Sequence[Groups], variant: Variant) -> Wor
                 tiles * k_tiles,
                 strips,
                 strips * token_tiles,
-                n * k + rows * (k + out_bytes * n),
+                n * k + rows * (k + out_bytes * written),
                 token_tiles * n * k,
                 tiles * token * k,
                 computed_rows * computed_n * computed_k,
@@ -198,11 +200,12 @@ def of_runs(problem: Problem, work: Work, variant: Variant, sms: int) -> Busiest
     experts = 1.0 if of_a_tile else min(1.0 + (work.active - 1.0) / runs, float(strips))
     stretch = ceil(strips / experts)
     # Pieces of at most a tile. Of each the warps take atoms of two strips in turns.
-    most = variant.feature_tile // STRIP
+    strip = strip_of(variant)
+    most = variant.feature_tile // strip
     pieces = ceil(stretch / most)
     piece = stretch / pieces
     warps = min(max(1, variant.mma_warps), max(1, variant.feature_tile // MMA_M))
-    uneven = ceil(piece * STRIP / MMA_M / warps) * warps * (MMA_M // STRIP) / piece
+    uneven = ceil(piece * strip / MMA_M / warps) * warps * (MMA_M // strip) / piece
     visits = experts * pieces * token_tiles
     tokens = visits * variant.token_tile * problem.k
     return Busiest(
@@ -215,7 +218,7 @@ def of_runs(problem: Problem, work: Work, variant: Variant, sms: int) -> Busiest
         if of_a_tile or work.active <= 1.0
         else work.units / work.tiles * variant.feature_tile / 128.0,
         visits=visits,
-        values=variant.token_tile * piece * STRIP,
+        values=variant.token_tile * piece * strip,
         k_tiles=visits * work.units / work.tiles,
         all_tokens=min(runs, work.strips) * tokens,  # a run inside one strip's units has nothing
         reading=_reading(problem, work, share, sms),
@@ -289,6 +292,8 @@ def _choice(
     gather = 0.0
     if problem.gathers:
         gather = busiest.tokens / 16.0 * rates.gathered + busiest.k_tiles * rates.handed
+    if family.quantises:
+        gather = busiest.tokens / 16.0 * rates.quantised
     thousand_clocks = rates.clock * 1e3
     terms = {
         "launch": rates.launch

@@ -9,7 +9,7 @@ from ..manifest import Variant
 from .rates import FAMILIES
 
 KINDS = ("packed", "masked", "list")
-STRIP = 8  # output features that runs are cut into
+STRIP = 8  # output features that runs are cut into; of gates and ups, twice as many rows of weights
 MOST_SIZES = 128  # different sizes of a group that the model looks at
 
 
@@ -21,6 +21,8 @@ class Problem:
     "masked": experts of (n, k) with at most `max_rows` rows each; `expected_rows` is the caller's hint of how
     many a group has, 0 for none. "list": `shapes` holds (m, n, k) of every group, and n, k are 0.
     `gathers`: rows are read through a row index. `weighted`: rows of the result are multiplied by row_weight.
+    `role`: that of the kernel, "gemm", or "up" and "down" for the two GEMMs of an expert layer; `gated`: of
+    "up", whether half of the n rows of weights are gates.
     """
 
     kind: str
@@ -37,6 +39,8 @@ class Problem:
     weighted: bool = False
     max_rows: int = 0
     expected_rows: int = 0
+    role: str = "gemm"
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,10 @@ class Groups:
 
 def fits(problem: Problem, variant: Variant) -> str | None:
     """None where `variant` can run `problem`, else why not."""
-    if variant.role != "gemm":
+    if variant.role != problem.role:
         return f"is a {variant.role} kernel"
+    if variant.gated != problem.gated:
+        return f"is for weights {'with' if variant.gated else 'without'} gates"
     family = FAMILIES.get(variant.family)
     if family is None:
         return f"is of the family {variant.family}, which grouped GEMMs do not use"
@@ -77,6 +83,11 @@ def takes_runs(variant: Variant) -> bool:
     return variant.swap_ab and FAMILIES[variant.family].runs
 
 
+def strip_of(variant: Variant) -> int:
+    """Rows of weights that no run of `variant` parts."""
+    return 2 * STRIP if variant.gated else STRIP
+
+
 def tiles_upper_bound(problem: Problem, variant: Variant) -> int:
     """Output tiles that the call can have at most, from what the host knows; exact for a list call."""
     token, feature = variant.token_tile, variant.feature_tile
@@ -91,7 +102,7 @@ def units_upper_bound(problem: Problem, variant: Variant, least_units: int) -> i
     if least_units:
         return tiles_upper_bound(problem, variant) * -(-problem.k // variant.tile[2])
     if takes_runs(variant):
-        return _token_tiles_upper_bound(problem, variant.token_tile) * -(-problem.n // STRIP)
+        return _token_tiles_upper_bound(problem, variant.token_tile) * -(-problem.n // strip_of(variant))
     return tiles_upper_bound(problem, variant)
 
 

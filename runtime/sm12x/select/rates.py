@@ -7,7 +7,7 @@ nobody measured. None of it was measured on SM12x by us.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 
@@ -23,6 +23,7 @@ class Rates:
     k_tile       clocks of the MMA warps for each k-tile besides (barriers, ldmatrix)
     value        clocks of the epilogue for each value of a tile
     gathered     clocks for each 16 bytes that the gathering warp copies
+    quantised    clocks for each 16 values that the quantising warps make
     handed       clocks of the gathering warp for each k-tile besides: 32 arrivals at one barrier
     launch       microseconds of one launch in a CUDA graph, ramp included
     next_launch  microseconds of another one in the same call
@@ -39,6 +40,7 @@ class Rates:
     k_tile: float
     value: float
     gathered: float
+    quantised: float
     handed: float
     launch: float
     next_launch: float
@@ -56,6 +58,7 @@ class Family:
     weights_rows  takes row weights
     splits        can split K
     runs          its swapped kernels take runs of feature strips, all others tiles in turns
+    quantises     makes e4m3 of rows of two bytes itself
     skips_k       does not compute the part of a k-tile that lies past K
     prepared      groups of a list call that one launch of its preparation kernel takes (a packed call needs
                   one launch); 0 where it needs none
@@ -79,6 +82,7 @@ class Family:
     cut: float
     hollow: float
     tile: float
+    quantises: bool = False
 
 
 FAMILIES = {
@@ -113,6 +117,10 @@ FAMILIES = {
         tile=0.54,
     ),
 }
+# On the same kernel layer; its constants are taken for theirs.
+_packed = FAMILIES["fp8_packed"]
+FAMILIES["fp8_up"] = replace(_packed, kinds=("packed",), weights_rows=False)
+FAMILIES["fp8_down"] = replace(_packed, kinds=("packed",), gathers=False, quantises=True)
 
 RATES = {
     # "Sought": what loses least on 2026-11-23_forced_h200.json, every packed variant forced on 60 rows:
@@ -130,6 +138,7 @@ RATES = {
         value=0.49,  # sought
         # Both from tiles of 64 features and of 8, 16 and 64 tokens, which gathering bounds: measured by hand.
         gathered=2.0,
+        quantised=4.0,  # assumed: the instructions of one warp, a clock each, over two warps
         handed=450.0,
         launch=2.5,  # measured: the read floor of no bytes at all, 2.3 to 2.7
         next_launch=2.5,  # assumed: as the first
@@ -148,6 +157,7 @@ RATES = {
         k_tile=57.0,
         value=0.3,
         gathered=2.0,
+        quantised=4.0,
         handed=450.0,
         launch=2.5,
         next_launch=2.5,

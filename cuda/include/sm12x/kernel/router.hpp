@@ -219,6 +219,14 @@ class Router {
         row_weight[row] = 0.0f;
       }
     }
+    if (params_.padded != 0 && blockIdx.x == 0) {
+      int const chunks = params_.padded_bytes / 16;
+      int const padding = min(params_.padding, params_.routes - int(rows));
+      auto* const to = reinterpret_cast<uint4*>(params_.padded) + int64_t(rows) * chunks;
+      for (int64_t i = threadIdx.x; i < int64_t(padding) * chunks; i += Threads) {
+        to[i] = {};
+      }
+    }
   }
 
   __device__ void clear() const {

@@ -97,6 +97,10 @@ class RowQuantiser {
   /// All threads of the CTA, for one row.
   __device__ static void quantise(sm12x_quantize_params const& params, int64_t row,
                                   SharedMemory& shared) {
+    if (params.row_count != 0 && row >= *reinterpret_cast<int32_t const*>(params.row_count)) {
+      pad(params, row);
+      return;
+    }
     if (params.x_type == SM12X_OUT_BFLOAT16) {
       quantise_as<__nv_bfloat16>(params, row, shared);
     } else if (params.x_type == SM12X_OUT_FLOAT16) {
@@ -107,6 +111,15 @@ class RowQuantiser {
   }
 
  private:
+  __device__ static void pad(sm12x_quantize_params const& params, int64_t row) {
+    if (row < *reinterpret_cast<int32_t const*>(params.row_count) + params.padding) {
+      auto* const to = reinterpret_cast<uint2*>(params.q + row * params.stride_q);
+      for (int chunk = threadIdx.x; chunk < params.k / 8; chunk += Threads) {
+        to[chunk] = {};
+      }
+    }
+  }
+
   // Chunks of a thread that stay in its registers between the maximum and the codes. Others are read again.
   static constexpr int kHeld = 2;
 

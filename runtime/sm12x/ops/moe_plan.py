@@ -1,0 +1,204 @@
+"""The plan of an expert layer: everything that does not change from call to call, worked out once."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import driver, manifest
+from ..arrays import Array
+from ..driver import EMULATED
+from ..select.layer import LayerProblem, select_layer
+from . import launch, moe_validate, validate
+from .memory import check_alignment, check_overlap, check_present, check_workspace, workspace_base
+from .moe_chain import Chain, make_chain
+from .moe_validate import Call, CallArrays, Layer, LayerArrays, LayerOptions
+from .row_layout import whole
+from .scratch import block_of
+from .validate import Matrix
+
+MOST_CHAINS = 1024  # numbers of tokens, and the like, that a layer keeps launches for
+
+
+@dataclass(slots=True)
+class CallPlan:
+    """Calls of one shape. `chains`: prepared launches that no call is using; each thread takes one."""
+
+    call: Call
+    problem: LayerProblem
+    device: driver.Device
+    ids_mask: int
+    span_x: int
+    span_out: int
+    chains: list[Chain] = field(default_factory=list)
+
+
+class LayerPlan:
+    """A validated layer on its device. Holds addresses, but keeps no array alive."""
+
+    __slots__ = ("_calls", "_matrices", "_spans", "device", "layer", "weights")
+
+    def __init__(self, weights: LayerArrays, options: LayerOptions) -> None:
+        """Raises as `sm12x.fused_moe` says."""
+        self.layer: Layer = moe_validate.take_layer(weights, options)
+        ordinal = validate.same_device(weights.named())
+        self.device = driver.get_device(ordinal)
+        _check_weights(weights, self.layer)
+        # Without owners: a plan is kept for layers that may be gone.
+        self.weights = LayerArrays(*(_ownerless(each) for each in weights))
+        self._matrices = _matrices(weights, self.layer)
+        self._spans = tuple((address, address + matrix.span) for _, address, matrix in self._matrices)
+        self._calls: dict[Any, CallPlan] = {}
+
+    def take(self, given: CallArrays) -> CallPlan:
+        """The plan for calls like this one. Raises as `sm12x.fused_moe` says."""
+        key = tuple(None if array is None else array[1:5] for array in given)
+        try:
+            return self._calls[key]
+        except KeyError:
+            pass
+        call = moe_validate.take_call(self.layer, given, self.weights.expert_map)
+        ordinal = validate.same_device(given.named())
+        if ordinal != self.device.ordinal:
+            raise ValueError(
+                f"x: expected memory of CUDA device {self.device.ordinal}, where w1 is, got {ordinal}"
+            )
+        plan = CallPlan(
+            call=call,
+            problem=self._problem(call),
+            device=self.device,
+            ids_mask=7 if call.routes.wide_ids else 3,
+            span_x=call.x.span,
+            span_out=call.out.span,
+        )
+        if len(self._calls) >= MOST_CHAINS:
+            self._calls.clear()
+        self._calls[key] = plan
+        return plan
+
+    def run(self, plan: CallPlan, given: CallArrays, out: Array, stream: int) -> None:
+        """Check addresses and launch. Raises as `sm12x.fused_moe` says."""
+        self._check(plan, given, out)
+        if not plan.call.routes.tokens:
+            return
+        x, weights, ids = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr
+        with driver.current(self.device):
+            try:
+                chain = plan.chains.pop()
+            except IndexError:
+                chain = self._chain(plan)
+            try:
+                if given.workspace is not None:
+                    base = self._base(plan, given, out, chain.needed)
+                    chain.run(stream, base, x, weights, ids, out.ptr)
+                    return
+                base = 0
+                if self.device.ordinal < EMULATED:  # there, memory that was never used shows what reads it
+                    base = block_of(self.device, stream, chain.needed)
+                if base:
+                    chain.run(stream, base, x, weights, ids, out.ptr)
+                    return
+                with driver.temporary(self.device, chain.needed, stream) as base:
+                    chain.run(stream, base, x, weights, ids, out.ptr)
+            finally:
+                plan.chains.append(chain)
+
+    def workspace_size(self, tokens: int, top_k: int, dtype: str, *, wide_ids: bool = False) -> int:
+        """Bytes of workspace that a call of so many tokens needs."""
+        routes = moe_validate.Routes(
+            tokens, top_k, self.layer.experts, self.layer.global_experts, wide_ids, True
+        )
+        rows = Matrix(tokens, self.layer.hidden, self.layer.hidden, validate.itemsize(dtype))
+        call = Call(dtype, routes, rows, rows, None)
+        plan = CallPlan(call, self._problem(call), self.device, 0, 0, 0)
+        with driver.current(self.device):
+            return self._chain(plan).needed if tokens else 0
+
+    def _problem(self, call: Call) -> LayerProblem:
+        layer, rows = self.layer, call.routes.most_rows
+        expected = rows
+        if layer.global_experts > layer.experts:  # the others' routes have no rows here
+            expected = max(1, -(-rows * layer.experts // layer.global_experts)) if rows else 0
+        return LayerProblem(
+            experts=layer.experts,
+            hidden=layer.hidden,
+            intermediate=layer.intermediate,
+            gated=layer.activation.gated,
+            static=layer.a2_scale_mode is not None,
+            dtype=call.dtype,
+            arch=self.device.arch,
+            rows=rows,
+            expected_rows=expected,
+            weighted=not layer.weight_on_input,
+        )
+
+    def _chain(self, plan: CallPlan) -> Chain:
+        choice, lists = select_layer(plan.problem, manifest.default(), self.device.sm_count)
+        if launch.LOG_SELECT:
+            print("\n".join(lists), file=sys.stderr)
+            apart = "a launch of their own" if choice.quantises_apart else "no launch of their own"
+            print(f"sm12x select: rows of the second GEMM: {apart}", file=sys.stderr)
+        return make_chain(self.device, self.layer, self.weights, plan.call, plan.problem, choice)
+
+    def _check(self, plan: CallPlan, given: CallArrays, out: Array) -> None:
+        """The rules for a call's addresses. The first lines find a sign of trouble; the rest says which."""
+        x, weights, ids = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr
+        to, end = out.ptr, out.ptr + plan.span_out
+        if (
+            not ((x | to) & 15 or weights & 3 or ids & plan.ids_mask or out.readonly)
+            and x
+            and to
+            and weights
+            and ids
+            and (to >= x + plan.span_x or x >= end)
+            and all(to >= last or first >= end for first, last in self._spans)
+        ):
+            return
+        validate.writable(out, "out")
+        if not plan.call.routes.tokens:
+            return
+        check_present((("x", x), ("topk_weights", weights), ("topk_ids", ids), ("out", to)))
+        check_alignment(
+            (
+                ("x", x, validate.ALIGNMENT),
+                ("out", to, validate.ALIGNMENT),
+                ("topk_weights", weights, 4),
+                ("topk_ids", ids, plan.ids_mask + 1),
+            )
+        )
+        check_overlap("out", to, plan.call.out, (("x", x, plan.call.x), *self._matrices))
+
+    def _base(self, plan: CallPlan, given: CallArrays, out: Array, needed: int) -> int:
+        """Where in the caller's workspace we begin."""
+        workspace = given.workspace
+        if workspace is None:
+            raise TypeError("workspace: expected an array, got None")
+        validate.writable(workspace, "workspace")
+        base = workspace_base(workspace.ptr, plan.call.workspace_bytes or 0, needed)
+        others = (("x", given.x.ptr, plan.call.x), ("out", out.ptr, plan.call.out), *self._matrices)
+        check_workspace(base, needed, others)
+        return base
+
+
+def _ownerless(value: Any) -> Any:
+    return value._replace(owner=None) if isinstance(value, Array) else value
+
+
+def _matrices(weights: LayerArrays, layer: Layer) -> tuple[tuple[str, int, Matrix], ...]:
+    return tuple(
+        (name, array.ptr, whole(facts.inner, layer.experts, facts.group_stride))
+        for name, array, facts in (("w1", weights.w1, layer.w1), ("w2", weights.w2, layer.w2))
+    )
+
+
+def _check_weights(weights: LayerArrays, layer: Layer) -> None:
+    named = dict(weights.named())
+    check_present([(name, array.ptr) for name, array in named.items() if array is not None])
+    multiples = {"w1": validate.ALIGNMENT, "w2": validate.ALIGNMENT}
+    for which, facts in (("1", layer.w1), ("2", layer.w2)):
+        if facts.bias is not None:
+            multiples[f"bias{which}"] = validate.BIAS_BYTES[facts.bias]
+    check_alignment(
+        [(name, array.ptr, multiples.get(name, 4)) for name, array in named.items() if array is not None]
+    )
