@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .ops.fused_moe import fused_moe
     from .ops.grouped_gemm import grouped_gemm
     from .ops.launch import workspace_size
+    from .ops.moe_layer import FusedMoE
     from .ops.quantize import quantize_fp8
     from .ops.route import Routing, route
 
@@ -26,6 +27,7 @@ __all__ = [
     "CubinError",
     "CudaError",
     "DriverError",
+    "FusedMoE",
     "Routing",
     "UnsupportedDeviceError",
     "__version__",
@@ -44,6 +46,7 @@ _MODULES = {
     "CubinError": ".errors",
     "CudaError": ".errors",
     "DriverError": ".errors",
+    "FusedMoE": ".ops.moe_layer",
     "Routing": ".ops.route",
     "UnsupportedDeviceError": ".errors",
     "fused_moe": ".ops.fused_moe",

@@ -1,5 +1,5 @@
-"""The small kernels of an expert layer on an emulated device: routing, quantising rows, combining. What they have
-to give is worked out here, route by route.
+"""The small kernels of an expert layer on an emulated device: routing, quantising rows, combining. What they
+have to give is worked out here, route by route.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def test_one_dynamic_scale_for_all_rows(rng, dtype):
 
 
 def test_quotients_are_those_of_a_division(rng):
-    """Markstein's sequence against IEEE division: values beside the ties of e4m3, scales of every mantissa."""
+    """Markstein's sequence against IEEE division: values beside the ties of e4m3, scales of any mantissa."""
     m = Machine()
     rows, k = 64, 1024
     scale = scale_of(np.exp(rng.uniform(-6, 10, rows)))

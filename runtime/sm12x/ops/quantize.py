@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..tensors import framework_of
-from . import emulated
-from .arguments import refuse_for_numpy
+from .. import abi, driver
+from ..arrays import Array
+from ..tensors import allocate_like, current_stream, deliver, framework_of, ingest
+from . import emulated, single_launch, validate
+from .arguments import device_of, refuse_for_numpy
+from .arguments import scale as take_scale
+from .memory import check_alignment, check_overlap, check_present
+from .moe_validate import E4M3, PER_TENSOR, PER_TOKEN, STATIC, Quantisation, take_quantisation
 
 
 def quantize_fp8(
@@ -63,4 +68,143 @@ def _quantize_on_device(
     x: Any, scale: Any, per_token: Any, out: Any, out_scale: Any, stream: Any, emulator: bool
 ) -> tuple[Any, Any]:
     """The same with the GPU's kernels; `emulator`: on host arrays, in the emulator."""
-    raise NotImplementedError("sm12x.quantize_fp8: the GPU path is not there yet")
+    if emulator:
+        return _emulated(x, scale, per_token, out, out_scale, stream)
+    leader, name = (x, "x") if out is None else (out, "out")
+    framework = framework_of(leader, name)
+    ordinal = device_of(leader, framework, name)
+    handle = current_stream(framework, ordinal) if stream is None else validate.stream_handle(stream)
+    taken = ingest(x, "x", handle)
+    given = None if scale is None else take_scale(scale, "scale", handle)
+    q, written = (
+        None if array is None else ingest(array, argument, handle)
+        for argument, array in (("out", out), ("out_scale", out_scale))
+    )
+    call = take_quantisation(taken, given, per_token, q, written)
+    named = [("x", taken), ("out", q), ("out_scale", written)]
+    named.append(("scale", given if isinstance(given, Array) else None))
+    device = driver.get_device(validate.same_device(named))
+    if out is None:
+        out = allocate_like(taken.framework, (call.tokens, call.k), E4M3, ordinal, handle)
+        q = ingest(out, "out", handle)
+    if call.mode == STATIC:
+        returned = scale
+        if not isinstance(given, Array):
+            returned = allocate_like(taken.framework, (1,), "float32", ordinal, handle)
+            written = ingest(returned, "out_scale", handle)
+    elif out_scale is None:
+        returned = allocate_like(taken.framework, call.scale_shape, "float32", ordinal, handle)
+        written = ingest(returned, "out_scale", handle)
+    else:
+        returned = out_scale
+    if q is None:
+        raise TypeError("out: expected an array, got None")
+    _check_addresses(call, taken, q, given, written)
+    _launch(device, call, taken, q, given, written, handle)
+    inputs = [array for _, array in named if array is not None]
+    if any(array.framework == "jax" for array in inputs):
+        out, returned = deliver([out, returned], inputs, handle, ordinal)
+    return out, returned
+
+
+def _check_addresses(call: Quantisation, x: Array, q: Array, scale: Any, written: Array | None) -> None:
+    """Raises ValueError for arrays that have no memory, or not where they may."""
+    if not call.tokens:
+        return
+    floats = [
+        (name, each) for name, each in (("scale", scale), ("out_scale", written)) if isinstance(each, Array)
+    ]
+    check_present([("x", x.ptr), ("out", q.ptr), *((name, each.ptr) for name, each in floats)])
+    check_alignment(
+        [
+            ("x", x.ptr, validate.ALIGNMENT),
+            ("out", q.ptr, validate.ALIGNMENT),
+            *((n, e.ptr, 4) for n, e in floats),
+        ]
+    )
+    check_overlap("out", q.ptr, call.q, (("x", x.ptr, call.x),))
+
+
+def _launch(
+    device: driver.Device,
+    call: Quantisation,
+    x: Array,
+    q: Array,
+    scale: Any,
+    written: Array | None,
+    stream: int,
+) -> None:
+    modes = {
+        PER_TOKEN: abi.SM12X_QUANTIZE_ROWS,
+        PER_TENSOR: abi.SM12X_QUANTIZE_TENSOR,
+        STATIC: abi.SM12X_QUANTIZE_STATIC,
+    }
+    shapes = f"x {x.shape} {x.dtype}"
+    params = abi.sm12x_quantize_params(
+        x=x.ptr,
+        q=q.ptr,
+        scale=0 if written is None else written.ptr,
+        source=scale.ptr if isinstance(scale, Array) else 0,
+        rows=call.tokens,
+        stride_x=call.x.stride,
+        stride_q=call.q.stride,
+        k=call.k,
+        x_type=abi.OUT_TYPES[call.x_dtype],
+        mode=modes[call.mode],
+        static_scale=1.0 if scale is None or isinstance(scale, Array) else scale,
+    )
+    if not call.tokens and call.mode == PER_TOKEN:
+        return
+    with driver.current(device):
+        if call.mode != PER_TENSOR:
+            single_launch.run(
+                device, "quantize_fp8", "quantize", params, (max(1, call.tokens), 1, 1), stream, shapes
+            )
+            return
+        ctas = max(1, min(call.tokens, 2 * device.sm_count))
+        with driver.temporary(device, 4 * ctas, stream) as maxima:
+            largest = abi.sm12x_maxima_params(
+                x=x.ptr,
+                maxima=maxima,
+                rows=call.tokens,
+                stride_x=call.x.stride,
+                k=call.k,
+                x_type=abi.OUT_TYPES[call.x_dtype],
+            )
+            single_launch.run(device, "quantize_fp8", "maxima", largest, (ctas, 1, 1), stream, shapes)
+            params.source, params.count = maxima, ctas
+            single_launch.run(
+                device, "quantize_fp8", "quantize", params, (max(1, call.tokens), 1, 1), stream, shapes
+            )
+
+
+def _emulated(x: Any, scale: Any, per_token: Any, out: Any, out_scale: Any, stream: Any) -> tuple[Any, Any]:
+    emulated.refuse_stream(stream)
+    given = ingest(x, "x", 0)
+    static = None if scale is None else take_scale(scale, "scale", 0)
+    taken = [
+        None if array is None else ingest(array, name, 0)
+        for name, array in (("out", out), ("out_scale", out_scale))
+    ]
+    call = take_quantisation(given, static, per_token, *taken)
+    finish_q = finish_scale = None
+    returned = scale if isinstance(static, Array) else out_scale
+    if out is None:
+        out, finish_q = emulated.new_output(given.framework, (call.tokens, call.k), E4M3)
+    if out_scale is None and not isinstance(static, Array):
+        returned, finish_scale = emulated.new_output(given.framework, call.scale_shape, "float32")
+    outputs = {"out": out}
+    if call.mode != STATIC:
+        outputs["out_scale"] = returned
+    elif not isinstance(static, Array):
+        returned[...] = static
+    emulated.mirrored_call(
+        lambda **arrays: quantize_fp8(**arrays, per_token=per_token, backend="auto"),
+        {"x": x, "scale": scale},
+        outputs,
+        {},
+    )
+    return (
+        out if finish_q is None else finish_q(out),
+        returned if finish_scale is None else finish_scale(returned),
+    )

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..tensors import framework_of
-from . import emulated
-from .arguments import refuse_for_numpy
+from .. import abi, driver
+from ..arrays import Array
+from ..tensors import allocate_like, current_stream, deliver, framework_of, ingest
+from . import emulated, single_launch, validate
+from .arguments import device_of, refuse_for_numpy
+from .memory import check_alignment, check_present
+from .moe_validate import Routes, take_routes
+from .moe_workspace import route_ctas
 
 
 class Routing(NamedTuple):
@@ -75,4 +80,134 @@ def _route_on_device(
     topk_ids: Any, num_experts: Any, topk_weights: Any, expert_map: Any, stream: Any, emulator: bool
 ) -> Routing:
     """The same with the GPU's kernels; `emulator`: on host arrays, in the emulator."""
-    raise NotImplementedError("sm12x.route: the GPU path (family moe_route) is not there yet")
+    if emulator:
+        return _emulated(topk_ids, num_experts, topk_weights, expert_map, stream)
+    framework = framework_of(topk_ids, "topk_ids")
+    ordinal = device_of(topk_ids, framework, "topk_ids")
+    handle = current_stream(framework, ordinal) if stream is None else validate.stream_handle(stream)
+    ids, weights, experts = (
+        None if array is None else ingest(array, name, handle)
+        for name, array in (
+            ("topk_ids", topk_ids),
+            ("topk_weights", topk_weights),
+            ("expert_map", expert_map),
+        )
+    )
+    if ids is None:
+        raise TypeError("topk_ids: expected an array, got None")
+    call = take_routes(ids, num_experts, weights, experts)
+    named = (("topk_ids", ids), ("topk_weights", weights), ("expert_map", experts))
+    device = driver.get_device(validate.same_device(named))
+    _check_addresses(call, ids, weights, experts)
+    made = [
+        None if shape is None else allocate_like(framework, shape, dtype, ordinal, handle)
+        for shape, dtype in _results(call)
+    ]
+    addresses = [0 if array is None else ingest(array, "out", handle).ptr for array in made]
+    _launch(device, call, ids, weights, experts, addresses, handle)
+    inputs = [array for _, array in named if array is not None]
+    if framework == "jax":
+        there = [array for array in made if array is not None]
+        delivered = iter(deliver(there, inputs, handle, ordinal))
+        made = [None if array is None else next(delivered) for array in made]
+    return Routing(*made)
+
+
+def _results(call: Routes) -> tuple[tuple[tuple[int, ...] | None, str], ...]:
+    """Shape and dtype of what a call gives; no shape where it gives none."""
+    rows = (call.most_rows,)
+    return (
+        ((call.experts + 1,), "int32"),
+        (rows, "int32"),
+        ((call.tokens, call.top_k), "int32"),
+        (rows if call.weighted else None, "float32"),
+    )
+
+
+def _check_addresses(call: Routes, ids: Array, weights: Array | None, experts: Array | None) -> None:
+    """Raises ValueError for arrays that have no memory, or not where they may."""
+    arrays = [
+        ("topk_ids", ids, 8 if call.wide_ids else 4),
+        ("topk_weights", weights, 4),
+        ("expert_map", experts, 4),
+    ]
+    there = [(name, array.ptr, multiple) for name, array, multiple in arrays if array is not None]
+    if call.tokens:
+        check_present([(name, address) for name, address, _ in there])
+    check_alignment(there)
+
+
+def _launch(
+    device: driver.Device,
+    call: Routes,
+    ids: Array,
+    weights: Array | None,
+    experts: Array | None,
+    addresses: list[int],
+    stream: int,
+) -> None:
+    ctas = route_ctas(call.most_rows)
+    offsets, row_index, route_row, row_weight = addresses
+    params = abi.sm12x_route_params(
+        topk_ids=ids.ptr,
+        topk_weights=0 if weights is None else weights.ptr,
+        expert_map=0 if experts is None else experts.ptr,
+        offsets=offsets,
+        row_index=row_index,
+        route_row=route_row,
+        row_weight=row_weight,
+        routes=call.most_rows,
+        top_k=call.top_k,
+        num_experts=call.experts,
+        map_size=call.global_experts,
+        ids_are_64_bit=int(call.wide_ids),
+        phase=abi.SM12X_ROUTE_ALL,
+        route_ctas=ctas,
+    )
+    shapes = f"topk_ids {ids.shape} {ids.dtype}, {call.experts} experts"
+    with driver.current(device):
+        if ctas == 1:
+            single_launch.run(device, "moe_route", "route", params, (1, 1, 1), stream, shapes)
+            return
+        with driver.temporary(device, 4 * ctas * call.experts, stream) as counts:
+            params.counts = counts
+            for phase in (abi.SM12X_ROUTE_COUNT, abi.SM12X_ROUTE_PLACE):
+                params.phase = phase
+                single_launch.run(device, "moe_route", "route", params, (ctas, 1, 1), stream, shapes)
+
+
+def _emulated(topk_ids: Any, num_experts: Any, topk_weights: Any, expert_map: Any, stream: Any) -> Routing:
+    from ..emulator import host_arrays  # not above: nobody else needs the emulator
+
+    emulated.refuse_stream(stream)
+    ids, weights, experts = (
+        None if array is None else ingest(array, name, 0)
+        for name, array in (
+            ("topk_ids", topk_ids),
+            ("topk_weights", topk_weights),
+            ("expert_map", expert_map),
+        )
+    )
+    if ids is None:
+        raise TypeError("topk_ids: expected an array, got None")
+    call = take_routes(ids, num_experts, weights, experts)
+    made = [
+        (None, None) if shape is None else emulated.new_output(ids.framework, shape, dtype)
+        for shape, dtype in _results(call)
+    ]
+    with host_arrays.Mirror(emulated.device()) as mirror:
+        there = [
+            None if array is None else mirror.add(array, name, host_arrays.INPUT)
+            for name, array in (("topk_ids", ids), ("topk_weights", weights), ("expert_map", experts))
+        ]
+        outs = [
+            None if array is None else mirror.add(ingest(array, "out", 0), "out", host_arrays.OUTPUT)
+            for array, _ in made
+        ]
+        mirror.upload()
+        taken = [None if array is None else ingest(array, "topk_ids", 0) for array in there]
+        if taken[0] is not None:
+            addresses = [0 if out is None else out.ptr for out in outs]
+            _launch(emulated.device(), call, taken[0], taken[1], taken[2], addresses, 0)
+        mirror.collect()
+    return Routing(*(None if array is None or finish is None else finish(array) for array, finish in made))

@@ -1,5 +1,5 @@
-"""Which kernels an expert layer runs: two GEMMs, and whether the rows of the second are quantised on their way
-in or by a launch of their own.
+"""Which kernels an expert layer runs: two GEMMs, and whether the rows of the second are quantised on their
+way in or by a launch of their own.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class LayerProblem:
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """The kernels of a layer. `quantises_apart`: a launch between the GEMMs quantises the second one's rows."""
+    """The kernels of a layer. `quantises_apart`: a launch between the GEMMs quantises the second's rows."""
 
     up: Choice
     down: Choice

@@ -127,7 +127,8 @@ class RowQuantiser {
   __device__ static void quantise_as(sm12x_quantize_params const& params, int64_t row,
                                      SharedMemory& shared) {
     WeightedRow<Element> const from(params, row);
-    int const chunks = params.k / 8;
+    // Without rows the one CTA that there is still has to give the scale.
+    int const chunks = row < params.rows ? params.k / 8 : 0;
     float2 held[kHeld][4];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
