@@ -6,8 +6,8 @@
     fp8_down      the second GEMM, which quantises its rows on their way in; or fp8_packed
     moe_combine   the sum of each token's rows
 
-All are prepared once for a number of tokens. A call writes the addresses that it brings into the parameters of
-the first and the last one; those of the others change with the workspace only.
+All are prepared once for a number of tokens. A call writes the addresses that it brings into the parameters
+of the first and the last one; those of the others change with the workspace only.
 """
 
 from __future__ import annotations

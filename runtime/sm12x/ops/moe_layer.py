@@ -15,15 +15,16 @@ from .moe_plan import LayerPlan
 class FusedMoE:
     """An expert layer: `sm12x.fused_moe` with the layer's arguments given once.
 
-    The constructor takes what `fused_moe` takes but x, topk_weights, topk_ids, out, workspace and stream, with
-    the same meaning; it checks them, makes the tensor maps and keeps the arrays alive. A call checks what it
-    brings and launches: one kernel of four or five after the other, nothing else.
+    The constructor takes what `fused_moe` takes but x, topk_weights, topk_ids, out, workspace and stream,
+    with the same meaning; it checks them, makes the tensor maps and keeps the arrays alive. A call checks
+    what it brings and launches: four or five kernels (six or seven for more than 8,192 routes), one after the
+    other, nothing else.
 
-    With `out` given, a call allocates nothing once another of its number of tokens, or one of more, has run on
-    its stream: without `workspace=` it uses memory of the library's own, one block for each stream, shared by
-    all layers. Calls can be captured in CUDA graphs; run one of the same shapes on that stream before, because
-    the first loads kernels and finds its memory. Keep the object while a graph of it may run. Calls on
-    different threads or streams do not disturb each other.
+    With `out` given, a call allocates nothing once another of its number of tokens has run on its stream:
+    without `workspace=` it uses memory of the library's own, one block for each stream, shared by all layers.
+    Calls can be captured in CUDA graphs; run one of the same shapes on that stream before, because the first
+    loads kernels and finds its memory. Keep the object while a graph of it may run. Calls on different
+    threads or streams do not disturb each other.
     """
 
     def __init__(
