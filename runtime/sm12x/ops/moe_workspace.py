@@ -12,8 +12,8 @@ from .validate import itemsize
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Bytes from the workspace's beginning to each of its parts, and of all of them. Rows are routes sorted by
-    expert; parts that a layer has no use for are empty.
+    """Bytes from the workspace's beginning to each of its parts, and of all of them. Rows are routes sorted
+    by expert; parts that a layer has no use for are empty.
 
     q1, s1: the quantised tokens and their scales. offsets, row_index, route_row, row_weight: as `route` has
     them. maxima: of each row of h. counts: routes of each expert, where several CTAs count. h: the first

@@ -198,6 +198,7 @@ def _emulated(x: Any, scale: Any, per_token: Any, out: Any, out_scale: Any, stre
         outputs["out_scale"] = returned
     elif not isinstance(static, Array):
         returned[...] = static
+        scale = returned  # the number, as an array of the caller's framework
     emulated.mirrored_call(
         lambda **arrays: quantize_fp8(**arrays, per_token=per_token, backend="auto"),
         {"x": x, "scale": scale},
