@@ -1,8 +1,8 @@
 """sm12x: precompiled FP8 grouped GEMM kernels for consumer and workstation Blackwell (CC 12.x).
 
 `grouped_gemm` and `workspace_size` are the operations, `reference` is what they compute in NumPy, `emulator`
-runs their kernels on the CPU. Names are loaded on first use: `import sm12x` imports no CUDA, no framework and
-not even NumPy.
+runs their kernels on the CPU, `checkpoint` loads layers for them. Names are loaded on first use:
+`import sm12x` imports no CUDA, no framework and not even NumPy.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 from .manifest import wheel_major as _wheel_major
 
 if TYPE_CHECKING:
-    from . import emulator, reference
-    from .errors import CubinError, CudaError, DriverError, UnsupportedDeviceError
+    from . import checkpoint, emulator, reference
+    from .errors import CheckpointError, CubinError, CudaError, DriverError, UnsupportedDeviceError
     from .ops.grouped_gemm import grouped_gemm
     from .ops.launch import workspace_size
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
     "CubinError",
     "CudaError",
     "DriverError",
     "UnsupportedDeviceError",
     "__version__",
+    "checkpoint",
     "emulator",
     "grouped_gemm",
     "reference",
@@ -34,6 +36,7 @@ __all__ = [
 _wheel_major()  # ImportError where both wheels are installed
 
 _MODULES = {
+    "CheckpointError": ".errors",
     "CubinError": ".errors",
     "CudaError": ".errors",
     "DriverError": ".errors",
@@ -44,7 +47,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("emulator", "reference"):
+    if name in ("checkpoint", "emulator", "reference"):
         return importlib.import_module(f".{name}", __name__)
     module = _MODULES.get(name)
     if module is None:
