@@ -10,31 +10,14 @@ import pytest
 
 from sm12x.cli import demo_gpu, workload
 from unit import fake_driver
-from unit.fake_driver import FakeDriver, real_bindings
+from unit.fake_driver import real_bindings
+from unit.fake_memory import DriverWithMemory
 
 REPLAY_MS = 0.64
 
 
-class DriverWithMemory(FakeDriver):
-    """Memory is the host's; a graph does nothing when it is launched, and takes REPLAY_MS."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.blocks = {}
-
-    def do_cuMemAlloc(self, size):
-        block = ctypes.create_string_buffer(size)
-        self.blocks[ctypes.addressof(block)] = block
-        return real_bindings.CUdeviceptr(ctypes.addressof(block))
-
-    def do_cuMemFree(self, address):
-        del self.blocks[int(address)]
-
-    def do_cuMemcpyHtoDAsync(self, target, source, size, stream):
-        ctypes.memmove(target, source, size)
-
-    def do_cuMemcpyDtoHAsync(self, target, source, size, stream):
-        ctypes.memmove(target, source, size)
+class DriverWithGraphs(DriverWithMemory):
+    """A graph does nothing when it is launched, and takes REPLAY_MS."""
 
     def do_cuDeviceGetAttribute(self, attribute, device):
         if attribute.name == "CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE":
@@ -69,7 +52,7 @@ class DriverWithMemory(FakeDriver):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    monkeypatch.setattr(fake_driver, "FakeDriver", DriverWithMemory)
+    monkeypatch.setattr(fake_driver, "FakeDriver", DriverWithGraphs)
     monkeypatch.setattr(workload, "K", 64)
     monkeypatch.setattr(workload, "N", 48)
     return fake_driver.install(monkeypatch, tmp_path)

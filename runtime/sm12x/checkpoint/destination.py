@@ -50,19 +50,20 @@ def destination(framework: str | None, device: Any) -> Destination:
             raise ValueError(f"device: expected None or 'cpu' for NumPy arrays, got {device!r}")
         return Destination("numpy", _empty_numpy, _put_numpy)
     if framework == "torch":
-        return _torch("cuda" if on is None else on if isinstance(on, str) else f"cuda:{on}")
-    if isinstance(on, str):
+        return _torch(f"cuda:{on}" if isinstance(on, int) else on or "cuda")
+    if on == "cpu":
         raise ValueError(f"device: expected a CUDA device for framework {framework!r}, got {device!r}")
-    return _cupy(on) if framework == "cupy" else _own(on or 0)
+    ordinal = on if isinstance(on, int) else None
+    return _cupy(ordinal) if framework == "cupy" else _own(ordinal or 0)
 
 
 def _device(device: Any) -> str | int | None:
-    """A CUDA ordinal, "cpu", or None where no device is named."""
-    kind, _, number = str(device).partition(":")  # a torch.device prints as "cuda:0"
-    if device is None or (kind == "cuda" and not number):
+    """A CUDA ordinal, "cuda" for the current one, "cpu", or None where no device is named."""
+    if device is None:
         return None
-    if str(device) == "cpu":
-        return "cpu"
+    if str(device) in ("cuda", "cpu"):
+        return str(device)
+    kind, _, number = str(device).partition(":")  # a torch.device prints as "cuda:0"
     number = number if kind == "cuda" else kind
     if isinstance(device, bool) or not number.isdecimal():
         raise ValueError(f"device: expected None, 'cpu', 'cuda', 'cuda:N' or N, got {device!r}")
