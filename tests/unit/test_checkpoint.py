@@ -215,14 +215,15 @@ def test_gate_and_up_of_a_stack_may_have_a_scale_each(tmp_path):
     np.testing.assert_array_equal(layer.w1_scale[:, INNER:], np.repeat(pairs[:, 1:], INNER, axis=1))
 
 
-def test_one_scale_may_serve_a_whole_stack(tmp_path):
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_one_scale_may_serve_a_whole_stack(tmp_path, shape):
     make(tmp_path, scheme=SCHEMES["method-fp8-static"], stacked=True)
     start = "model.language_model.layers.0.experts."
     changed = {"gate_up_proj_scale_inv": 0.5, "down_proj_scale_inv": 0.25, "down_proj_activation_scale": 3.0}
     alter(
         tmp_path,
         lambda tensors: tensors.update(
-            {start + name: np.array(value, np.float32) for name, value in changed.items()}
+            {start + name: np.full(shape, value, np.float32) for name, value in changed.items()}
         ),
     )
     layer = load(tmp_path)

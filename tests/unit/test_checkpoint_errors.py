@@ -94,7 +94,9 @@ def test_a_static_scale_must_divide(qwen, value):
     [
         ("gate_up_proj", (4, 64, 40), "shape (4, 64, 48), or (4, 48, 64) where both"),
         ("down_proj", (3, 48, 32), "shape (4, 48, 32), or (4, 32, 48) where both"),
-        ("down_proj", (4, 32, 48), "shape (4, 48, 32), or (4, 32, 48) where both"),  # only this one is
+        # Transposed, but the other one is not:
+        ("gate_up_proj", (4, 48, 64), "shape (4, 64, 48), or (4, 48, 64) where both"),
+        ("down_proj", (4, 32, 48), "shape (4, 48, 32), or (4, 32, 48) where both"),
     ],
 )
 def test_a_misshapen_stack_is_named(tmp_path, name, shape, expected):

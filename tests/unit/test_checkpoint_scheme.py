@@ -144,6 +144,7 @@ def changed(part, **entries):
         (fp8(fmt="e5m2"), 'fmt "e4m3", got e5m2'),
         (fp8(activation_scheme="none"), "activation_scheme"),
         (compressed(group(), format="pack-quantized"), 'format "float-quantized", got pack-quantized'),
+        (compressed({**group(), "format": "int-quantized"}, format="mixed-precision"), "got int-quantized"),
         (
             changed("weights", strategy="block"),
             "weights' strategy channel or tensor: blocks are not supported",

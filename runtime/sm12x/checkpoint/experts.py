@@ -113,11 +113,14 @@ def _is_transposed(gate_up: Tensor, down: Tensor, config: ExpertConfig) -> bool:
     """
     e, h, i = config.num_experts, config.hidden_size, config.intermediate_size
     plain, transposed = ((e, 2 * i, h), (e, h, i)), ((e, h, 2 * i), (e, i, h))
-    if (gate_up.shape, down.shape) == plain:
+    given = gate_up.shape, down.shape
+    if given == plain:
         return False
-    if (gate_up.shape, down.shape) == transposed:
+    if given == transposed:
         return True
-    at = 0 if gate_up.shape not in (plain[0], transposed[0]) else 1
+    # One that is neither; else the one that is transposed while the other is not.
+    neither = [at for at in (0, 1) if given[at] not in (plain[at], transposed[at])]
+    at = neither[0] if neither else int(given[0] == plain[0])
     raise (gate_up, down)[at].error(
         f"shape {plain[at]}, or {transposed[at]} where both stacked tensors are transposed"
     )
