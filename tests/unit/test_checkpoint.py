@@ -368,3 +368,13 @@ def test_the_writer_names_a_bad_argument(tmp_path, argument, value):
     with pytest.raises(ValueError, match=f"{argument}: expected"):
         make_checkpoint(tmp_path / "new", **{argument: value})
     assert not (tmp_path / "new").exists()
+
+
+def test_the_writer_leaves_no_files_of_another_model_beside_its_own(tmp_path):
+    make(tmp_path, files=2)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(
+        ValueError, match="path: expected a directory without a model, got .* with config.json"
+    ):
+        make(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -18,11 +18,11 @@ from sm12x.checkpoint import naming
 from sm12x.checkpoint.experts import FLOATS
 from sm12x.checkpoint.files import INDEX, SINGLE
 from sm12x.checkpoint.scheme import FP8_DYNAMIC, Scheme
-from sm12x.reference.quantize import E4M3_MAX
 
 # What goes before a layer's number, and the activation's name; other models have the first of the table.
 _PREFIX = {"gemma4": "model.language_model.layers."}
 _ACTIVATION = {"gemma4": "gelu_pytorch_tanh"}
+_E4M3_MAX = 448.0
 Tensors = dict[str, NDArray[Any]]
 
 
@@ -61,7 +61,7 @@ def make_checkpoint(
     seed: int = 0,
 ) -> None:
     """Write config.json and the safetensors files of a model that is nothing but expert layers into directory
-    `path`, which is made where it is missing.
+    `path`, which is made where it is missing and must hold no other model.
 
     model: a name in `sm12x.checkpoint.naming`: "mixtral", "qwen3_moe" or "gemma4". scheme: how the experts
     are quantised; a Scheme without a method leaves them in `dtype` (bfloat16, float16 or float32), which is
@@ -99,6 +99,11 @@ def make_checkpoint(
     config = _config(made)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    old = sorted(file.name for file in folder.iterdir() if file.name.endswith((".safetensors", ".json")))
+    if old:  # what would be left of it could be read for a part of the new one
+        raise ValueError(
+            f"path: expected a directory without a model, got {folder} with {', '.join(old[:3])}"
+        )
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _save(folder, _parts(made, seed), parts, files)
 
@@ -195,10 +200,10 @@ def _quantized(model: _Model, matrix: NDArray[Any], rng: np.random.Generator) ->
         _, (scale,) = reference.quantize_per_channel(values[None])
         scale = scale.astype(numpy_dtype(model.dtype))
     else:
-        scale = np.full(one, np.abs(values).max() / np.float32(E4M3_MAX))
+        scale = np.full(one, np.abs(values).max() / np.float32(_E4M3_MAX))
     scaled = values / scale.astype(np.float32)
     tensors = {
-        weight: np.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(numpy_dtype("float8_e4m3fn")),
+        weight: np.clip(scaled, -_E4M3_MAX, _E4M3_MAX).astype(numpy_dtype("float8_e4m3fn")),
         weight_scale: scale,
     }
     if model.scheme.activations == "static":
