@@ -1,8 +1,9 @@
-"""sm12x: precompiled FP8 grouped GEMM kernels for consumer and workstation Blackwell (CC 12.x).
+"""sm12x: precompiled FP8 kernels of expert layers for consumer and workstation Blackwell (CC 12.x).
 
-`grouped_gemm` and `workspace_size` are the operations, `reference` is what they compute in NumPy, `emulator`
-runs their kernels on the CPU, `checkpoint` loads layers for them. Names are loaded on first use:
-`import sm12x` imports no CUDA, no framework and not even NumPy.
+`fused_moe`, a whole expert layer, and its parts `quantize_fp8`, `route` and `grouped_gemm` are the
+operations; `checkpoint` loads layers for them, `reference` is what they compute in NumPy, `emulator` runs
+their kernels on the CPU. Names are loaded on first use: `import sm12x` imports no CUDA, no framework and not
+even NumPy.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from .manifest import wheel_major as _wheel_major
 if TYPE_CHECKING:
     from . import checkpoint, emulator, reference
     from .errors import CheckpointError, CubinError, CudaError, DriverError, UnsupportedDeviceError
+    from .ops.fused_moe import fused_moe
     from .ops.grouped_gemm import grouped_gemm
     from .ops.launch import workspace_size
+    from .ops.quantize import quantize_fp8
+    from .ops.route import Routing, route
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,12 +28,16 @@ __all__ = [
     "CubinError",
     "CudaError",
     "DriverError",
+    "Routing",
     "UnsupportedDeviceError",
     "__version__",
     "checkpoint",
     "emulator",
+    "fused_moe",
     "grouped_gemm",
+    "quantize_fp8",
     "reference",
+    "route",
     "workspace_size",
 ]
 
@@ -40,8 +48,12 @@ _MODULES = {
     "CubinError": ".errors",
     "CudaError": ".errors",
     "DriverError": ".errors",
+    "Routing": ".ops.route",
     "UnsupportedDeviceError": ".errors",
+    "fused_moe": ".ops.fused_moe",
     "grouped_gemm": ".ops.grouped_gemm",
+    "quantize_fp8": ".ops.quantize",
+    "route": ".ops.route",
     "workspace_size": ".ops.launch",
 }
 

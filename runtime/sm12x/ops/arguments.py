@@ -69,13 +69,18 @@ def refuse_layouts(a: Any, offsets: Any, row_index: Any, rows: Any, expected_m: 
         raise TypeError(f"a: expected one {shape} array where {given} is given, got {type(a).__name__}")
 
 
-def numpy_backend(a: Any, b: Any, *, workspace: Any, stream: Any, variant: Any, **arguments: Any) -> Any:
-    """The same call on NumPy arrays. Raises ValueError for arguments that mean nothing there."""
-    for argument, value in (("workspace", workspace), ("stream", stream), ("variant", variant)):
+def refuse_for_numpy(**arguments: Any) -> None:
+    """Raises ValueError for arguments that are given though they mean nothing with NumPy arrays."""
+    for argument, value in arguments.items():
         if value is not None:
             raise ValueError(
                 f"{argument}: expected None with NumPy arrays, which run on the CPU, got {value!r}"
             )
+
+
+def numpy_backend(a: Any, b: Any, *, workspace: Any, stream: Any, variant: Any, **arguments: Any) -> Any:
+    """The same call on NumPy arrays. Raises ValueError for arguments that mean nothing there."""
+    refuse_for_numpy(workspace=workspace, stream=stream, variant=variant)
     from ..reference import grouped_gemm_numpy  # not above: GPU callers need no NumPy code
 
     return grouped_gemm_numpy(a, b, **arguments)

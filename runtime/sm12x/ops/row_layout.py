@@ -60,7 +60,7 @@ def row_weight(array: Array, rows: tuple[int, ...]) -> None:
     float32(array, "row_weight")
     if array.shape not in (rows, (*rows, 1)):
         raise ValueError(f"row_weight: expected shape {rows} or {(*rows, 1)}, got {array.shape}")
-    _dense_rows(array, "row_weight", len(rows))
+    dense_rows(array, "row_weight", len(rows))
 
 
 def masked_a_scale(scale: Scale, groups: int, most: int) -> int:
@@ -71,7 +71,7 @@ def masked_a_scale(scale: Scale, groups: int, most: int) -> int:
     if math.prod(scale.shape) == 1:
         return SM12X_SCALE_ONE
     if scale.shape in ((groups, most), (groups, most, 1)):
-        _dense_rows(scale, "a_scale", 2)
+        dense_rows(scale, "a_scale", 2)
         return SM12X_SCALE_VECTOR
     if scale.shape == (groups, 1, 1):
         dense(scale, "a_scale", 0)
@@ -82,7 +82,7 @@ def masked_a_scale(scale: Scale, groups: int, most: int) -> int:
     )
 
 
-def _dense_rows(array: Array, argument: str, axes: int) -> None:
+def dense_rows(array: Array, argument: str, axes: int) -> None:
     """Raises ValueError where the first `axes` axes are not one contiguous run of values."""
     expected = 1
     for extent, stride in reversed(list(zip(array.shape[:axes], array.strides[:axes], strict=True))):

@@ -235,21 +235,21 @@ def packed_a_scale(scale: Scale, rows: int, groups: int) -> int:
     )
 
 
-def packed_b_scale(scale: Scale, groups: int, n: int) -> tuple[int, int]:
-    """The SM12X_SCALE_* mode of a packed call's b_scale; per channel, elements between experts."""
+def packed_b_scale(scale: Scale, groups: int, n: int, argument: str = "b_scale") -> tuple[int, int]:
+    """The SM12X_SCALE_* mode of a packed call's scale of weights; per channel, elements between experts."""
     if not isinstance(scale, Array):
         return SM12X_SCALE_VALUE, 0
-    float32(scale, "b_scale")
+    float32(scale, argument)
     if math.prod(scale.shape) == 1:
         return SM12X_SCALE_ONE, 0
     if scale.shape in ((groups,), (groups, 1)):
-        dense(scale, "b_scale", 0)
+        dense(scale, argument, 0)
         return SM12X_SCALE_GROUP, 0
     if scale.shape in ((groups, n), (groups, n, 1)):
-        dense(scale, "b_scale", 1)
-        return SM12X_SCALE_VECTOR, between(scale, "b_scale", n)
+        dense(scale, argument, 1)
+        return SM12X_SCALE_VECTOR, between(scale, argument, n)
     raise ValueError(
-        f"b_scale: expected one value, per expert ({groups},) or ({groups}, 1), or per channel "
+        f"{argument}: expected one value, per expert ({groups},) or ({groups}, 1), or per channel "
         f"({groups}, {n}) or "
         f"({groups}, {n}, 1), got shape {scale.shape}"
     )

@@ -12,7 +12,7 @@ from sm12x.arrays import compact_strides
 from sm12x.ops import row_layout, validate
 from sm12x.ops.arguments import refuse_layouts
 from sm12x.ops.memory import overlaps
-from sm12x.reference.problem import Group, dequantise, describe, list_groups, stacked_groups
+from sm12x.reference.problem import Group, dequantise, describe, list_groups, own_memory, stacked_groups
 from sm12x.reference.rounding import Format, format_of
 
 
@@ -88,9 +88,7 @@ def _checked_output(
     matrix = validate.output(described, shape, fmt.name, argument)
     if len(shape) == 3:
         row_layout.disjoint(described, argument, matrix, row_layout.group_stride(described, argument, matrix))
-    for name, operand in inputs.items():
-        if np.may_share_memory(out, operand):
-            raise ValueError(f"{argument}: expected memory of its own, got an array that overlaps {name}")
+    own_memory(out, argument, inputs.items())
     result: NDArray[Any] = out
     return result
 

@@ -96,16 +96,22 @@ def check(
         raise ValueError(
             f"out: expected the shape of ref and abs_sum, {ref.shape} and {abs_sum.shape}, got {out.shape}"
         )
+    name = format_of(out.dtype if out_dtype is None else out_dtype).name
+    return compare(out, ref, tolerance(ref, abs_sum, k, name), name)
+
+
+def compare(out: NDArray[Any], ref: Float64, bound: Float64, out_dtype: object) -> tuple[float, float]:
+    """`check` against any bound of the error at each element, for values rounded to `out_dtype`."""
     if out.size == 0:
         return 0.0, 0.0
-    fmt = format_of(out.dtype if out_dtype is None else out_dtype)
+    fmt = format_of(out_dtype)
     got = out.astype(np.float64)
     overflow = np.isinf(got)
     error = np.abs(np.where(overflow, np.copysign(np.ldexp(1.0, fmt.max_exponent + 1), got), got) - ref)
     if overflow.any():
         error = np.where(overflow & (got == round_to(ref, fmt.name).astype(np.float64)), 0.0, error)
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(error == 0, 0.0, error / tolerance(ref, abs_sum, k, fmt.name))
+        ratio = np.where(error == 0, 0.0, error / bound)
         largest = float(np.max(np.abs(ref)))
         max_rel_err = float(error.max()) / largest if largest else (0.0 if not error.any() else np.inf)
     if np.isnan(ratio).any() or np.isnan(max_rel_err):

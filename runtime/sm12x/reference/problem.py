@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -60,6 +61,13 @@ def describe(x: Any, argument: str) -> Array:
     return ingest(x, argument, 0)
 
 
+def own_memory(written: NDArray[Any], argument: str, others: Iterable[tuple[str, Any]]) -> None:
+    """Raises ValueError where an output may share memory with another array; what is no array has none."""
+    for name, other in others:
+        if isinstance(other, np.ndarray) and np.may_share_memory(written, other):
+            raise ValueError(f"{argument}: expected memory of its own, got an array that overlaps {name}")
+
+
 def _operand(x: Any, argument: str, named: str | None, expected: str) -> tuple[NDArray[Any], Array]:
     """An operand viewed as its FP8 type; `expected` spells its shape, one word for each axis."""
     array = describe(x, argument)
@@ -74,6 +82,17 @@ def _scale(scale: Any, argument: str) -> tuple[NDArray[np.float32], validate.Sca
     if value is None:
         return scale, describe(scale, argument)
     return np.full((1, 1), value, dtype=np.float32), value
+
+
+def described_scale(scale: Any, argument: str) -> validate.Scale:
+    """A scale as the checks see it."""
+    return _scale(scale, argument)[1]
+
+
+def one_value(scale: Any, argument: str) -> tuple[NDArray[np.float32], validate.Scale]:
+    """A scale that is one value, for `moe_validate.static_scale` to check: (1,), and as the checks see it."""
+    values, described = _scale(scale, argument)
+    return values.reshape(-1), described
 
 
 def _bias(bias: Any, shape: tuple[int, ...], argument: str) -> NDArray[np.float32] | None:

@@ -1,10 +1,18 @@
-"""FP8-Dynamic quantisation and routed rows, for examples, tests and benchmarks.
+"""FP8 quantisers, and routed rows for examples, tests and benchmarks.
 
-The quantisers follow compressed-tensors (``calculate_qparams`` in its ``quantization/utils/helpers.py`` for
-the scales, ``_quantize`` in ``quantization/lifecycle/forward.py`` and ``round_to_quantized_type`` in
-``quantization/quant_args.py`` for the values): symmetric, ``scale = max(|x|) / 448`` with the float32 epsilon
-as its floor, a true division by the scale, saturation to +-448, round to nearest even. Scales are kept in
-float32.
+There are two rules, and this is how they differ. Both are symmetric, ``scale = max(|x|) / 448`` in float32, a
+true division by the scale, saturation to +-448, round to nearest even.
+
+`quantize_per_token` and `quantize_per_channel` follow compressed-tensors (``calculate_qparams`` in its
+``quantization/utils/helpers.py`` for the scales, ``_quantize`` in ``quantization/lifecycle/forward.py`` and
+``round_to_quantized_type`` in ``quantization/quant_args.py`` for the values), which makes checkpoints:
+the floor is that of the scale, the float32 epsilon (2**-23, about 1.2e-7), and a NaN makes the scale of its
+vector NaN. They take any length.
+
+`quantize_fp8_numpy` follows vLLM, which quantises activations at run time: max(|x|) has a floor of 1/512, so
+that the scale has one of 1 / (448 * 512) (about 4.4e-6), and a NaN stays alone: the scale is that of the
+numbers beside it. It also has one scale for all of `x`, dynamic or static, and takes lengths that are
+multiples of 16. Where max(|x|) is at least 1/512 and nothing is NaN, both give the same bits.
 """
 
 from __future__ import annotations
@@ -15,8 +23,57 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-E4M3_MAX = 448.0
+from sm12x.arrays import Array
+from sm12x.ops import moe_validate
+from sm12x.reference.problem import describe, one_value, own_memory
+from sm12x.reference.rounding import E4M3_MAX, to_e4m3
+
 SCALE_FLOOR = float(np.finfo(np.float32).eps)
+AMAX_FLOOR = np.float32(1 / 512)
+
+
+def quantize_fp8_numpy(
+    x: Any, *, scale: Any = None, per_token: bool = True, out: Any = None, out_scale: Any = None
+) -> tuple[Any, Any]:
+    """``sm12x.quantize_fp8`` for NumPy arrays; arguments, result and errors are the same."""
+    value, described_scale = (None, None) if scale is None else one_value(scale, "scale")
+    call = moe_validate.take_quantisation(
+        describe(x, "x"),
+        described_scale,
+        per_token,
+        _described(out, "out"),
+        _described(out_scale, "out_scale"),
+    )
+    inputs = ("x", x), ("scale", scale)
+    if out is not None:
+        own_memory(out, "out", inputs)
+    if out_scale is not None:
+        own_memory(out_scale, "out_scale", (*inputs, ("out", out)))
+    values = x.astype(np.float32, copy=False)
+    if value is None:
+        axis = 1 if call.mode == moe_validate.PER_TOKEN else None
+        value = dynamic_scale(values, axis).reshape(call.scale_shape)
+        if out_scale is not None:
+            out_scale[...] = value.reshape(out_scale.shape)
+            value = out_scale
+    with np.errstate(over="ignore", invalid="ignore"):  # past 448 saturates, inf / inf is NaN
+        codes = to_e4m3(values / value.reshape(-1, 1))
+    if out is None:
+        return codes, value
+    out.view(np.uint8)[...] = codes.view(np.uint8)
+    return out, value
+
+
+def dynamic_scale(values: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]:
+    """The scale of float32 `values` (T, K) over an axis, or over all for None: the largest magnitude, NaN
+    left out, or 1/512 where it is smaller, over 448. Float32, the axis kept."""
+    largest = np.fmax.reduce(np.abs(values), axis=axis, keepdims=True, initial=np.float32(0))
+    scale: NDArray[np.float32] = np.maximum(largest, AMAX_FLOOR) / np.float32(E4M3_MAX)
+    return scale
+
+
+def _described(x: Any, argument: str) -> Array | None:
+    return None if x is None else describe(x, argument)
 
 
 def _quantize_rows(x: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
@@ -29,9 +86,7 @@ def _quantize_rows(x: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[np
     scale = np.maximum(
         np.abs(values).max(axis=-1, keepdims=True) / np.float32(E4M3_MAX), np.float32(SCALE_FLOOR)
     )
-    scaled = values / scale
-    np.clip(scaled, -E4M3_MAX, E4M3_MAX, out=scaled)
-    return scaled.astype(ml_dtypes.float8_e4m3fn), scale
+    return to_e4m3(values / scale), scale
 
 
 def quantize_per_token(x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float32]]:

@@ -1,4 +1,4 @@
-"""Rounding of float64 values straight to the output types, and the spacing of those types.
+"""Rounding of float64 values straight to the output types and to e4m3, and the spacing of those types.
 
 A cast through float32 rounds twice and is wrong for values just beside a tie of the narrow type, and
 ``ml_dtypes`` converts float64 to bfloat16 that way. So the rounding is done here, in float64, where scaling
@@ -37,6 +37,9 @@ FORMATS = {
     "float32": Format("float32", 23, -126, 127, np.dtype(np.float32)),
 }
 
+E4M3 = Format("float8_e4m3fn", 3, -6, 8, np.dtype(ml_dtypes.float8_e4m3fn))
+E4M3_MAX = 448.0  # the significand 1.111 of its last binade is NaN
+
 
 def format_of(out_dtype: object) -> Format:
     """The format of an output type given as a name, a NumPy dtype or a scalar type.
@@ -61,9 +64,18 @@ def ulp(x: Float64, out_dtype: object) -> Float64:
     Zero and subnormals have the smallest subnormal; values past the largest finite number have its spacing;
     NaN and infinities give NaN.
     """
+    return _spacing(x, format_of(out_dtype))
+
+
+def e4m3_step(x: Float64) -> Float64:
+    """The distance between neighbouring e4m3 values at each value of `x` (float64, any shape), as `ulp`."""
+    return _spacing(x, E4M3)
+
+
+def _spacing(x: Float64, fmt: Format) -> Float64:
     x = np.asarray(x, dtype=np.float64)
     finite = np.isfinite(x)
-    spacing: Float64 = np.asarray(_quantum(np.where(finite, x, 0.0), format_of(out_dtype)))
+    spacing: Float64 = np.asarray(_quantum(np.where(finite, x, 0.0), fmt))
     spacing[~finite] = np.nan
     return spacing
 
@@ -83,3 +95,15 @@ def round_to(x: Float64, out_dtype: object) -> NDArray[Any]:
     rounded = np.where(np.abs(rounded) > limit, np.copysign(np.inf, rounded), rounded)
     # Every value is now representable, so this cast is exact however many steps it takes.
     return rounded.astype(fmt.numpy_dtype)
+
+
+def to_e4m3(x: NDArray[Any]) -> NDArray[Any]:
+    """`x` (float32 or float64, any shape) as float8_e4m3fn: rounded once, to nearest with ties to even, and
+    saturating at +-448, infinities too. NaN becomes 0x7f, as GPUs write it."""
+    clamped = np.asarray(np.clip(x, -E4M3_MAX, E4M3_MAX))
+    if clamped.dtype == np.float64:  # not through float32, as ml_dtypes would
+        quantum = _quantum(np.where(np.isnan(clamped), 0.0, clamped), E4M3)
+        clamped = np.rint(clamped / quantum) * quantum
+    codes: NDArray[Any] = clamped.astype(E4M3.numpy_dtype)
+    codes.view(np.uint8)[np.isnan(clamped)] = 0x7F
+    return codes

@@ -1,0 +1,141 @@
+"""`sm12x.fused_moe`: the whole FP8 expert layer, from a router's choices to the layer's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..tensors import framework_of
+from . import emulated
+from .arguments import refuse_for_numpy
+
+
+def fused_moe(
+    x: Any,
+    w1: Any,
+    w2: Any,
+    topk_weights: Any,
+    topk_ids: Any,
+    *,
+    w1_scale: Any = None,
+    w2_scale: Any = None,
+    a1_scale: Any = None,
+    a2_scale: Any = None,
+    activation: str = "silu",
+    gated: bool = True,
+    expert_map: Any = None,
+    apply_router_weight_on_input: bool = False,
+    bias1: Any = None,
+    bias2: Any = None,
+    alpha: float | None = None,
+    beta: float | None = None,
+    limit: float | None = None,
+    out: Any = None,
+    workspace: Any = None,
+    stream: Any = None,
+    dtype: Any = None,
+    backend: str | None = None,
+) -> Any:
+    """The expert layer of a mixture-of-experts model in FP8: quantise, route, GEMM, activation, quantise,
+    GEMM, weighted sum over each token's experts.
+
+    T tokens, k routes per token, hidden size H, intermediate size I, E experts on this device. The meaning of
+    the arguments is vLLM's.
+
+      x (T, H) bfloat16 or float16, T at most 65,536; H contiguous, row stride a multiple of 16 bytes.
+      w1 (E, 2I, H) with the rows of the gate before those of up, or (E, I, H) where not gated; w2 (E, H, I).
+        Both float8_e4m3fn, or uint8 with `dtype`; the last axis contiguous; E at most 1024, H and I multiples
+        of 16; addresses and strides multiples of 16 bytes.
+      topk_weights (T, k) float32; topk_ids (T, k) int32 or int64; contiguous. A route whose id is negative or
+        not below E, or with an expert_map not below E_global, is left out. Duplicate ids in a token count as
+        often as they come.
+      expert_map (E_global,) int32: the number among the E experts for each id, -1 (or anything outside 0 to
+        E - 1) for experts that are elsewhere, whose routes are left out. None: ids are numbers of the E
+        experts.
+      w1_scale, w2_scale: None (1.0), one value (float or one-element array), per expert (E,) or (E, 1), or
+        per output feature (E, N) or (E, N, 1), N the rows of w1, or H. Float32; scales multiply (dequantise).
+      a1_scale, a2_scale: None: x, or the activation's result, is quantised with one scale for each row, as
+        `quantize_fp8` does. One positive value, float or one-element float32 array: the static scale of all
+        rows. Each by itself.
+      bias1 (E, 2I), or (E, I) where not gated, in the order of w1's rows; bias2 (E, H); float32, bfloat16 or
+        float16, or None.
+
+      activation, with g and u the gate and up outputs of the first GEMM:
+        "silu" ``g * sigmoid(g)``, "gelu" ``g * (1 + erf(g / sqrt(2))) / 2``, "gelu_tanh" its approximation by
+        tanh, "relu2" ``max(g, 0)**2``, each times u; not gated: without u.
+        "swigluoai": ``(u + beta) * g * sigmoid(alpha * g)``, where the rows of w1, w1_scale and bias1 are
+        interleaved, g0 u0 g1 u1 ...; "swigluoai_uninterleave": the same with the gate before up. Both are
+        gated only.
+      limit: g is ``min(g, limit)`` and u is clamped to +-limit before; of swigluoai, 7 where not given, and
+        of silu, none where not given. The others take none. alpha and beta: of swigluoai only, 1.702 and 1
+        where not given.
+      apply_router_weight_on_input: k must be 1; x is multiplied by the route's weight (rounded to x's dtype,
+        as is the product), and the result is not weighted.
+
+    out (T, H) of x's dtype, row stride a multiple of 16 bytes, memory of its own. None: a new array of x's
+      framework. A token without a valid route gets zeros.
+    workspace: contiguous array of any dtype on the device, never shared between streams. None: what is needed
+      is allocated and freed in stream order.
+    stream: integer handle, or an object with __cuda_stream__, cuda_stream, ptr or value. None: the current
+      stream of the framework of `out`, or of `x` where there is none. Nothing waits for the GPU.
+    dtype: "float8_e4m3fn", the type of uint8 weights.
+    backend: "auto": arrays of a GPU run on it, NumPy arrays on the CPU in `sm12x.reference`; workspace and
+      stream are then refused. "emulator": arrays in host memory run the GPU's kernels in `sm12x.emulator`;
+      stream is then refused. None: what SM12X_BACKEND said at the first call, or "auto".
+
+    Numerics. The stages are those of ``quantize_fp8(x)``, ``grouped_gemm`` with ``row_index``, the
+    activation, ``quantize_fp8``, ``grouped_gemm`` with ``row_weight``, and a sum, with these roundings and no
+    others:
+      q1, s1: as `quantize_fp8` gives them for x, per token or static.
+      g, u: float32 of ``s1 * w1_scale * sum + bias1``. They are not rounded to x's dtype, as a grouped_gemm
+        that writes it would: this is the rounding that fusion removes.
+      h: the activation in float32. Dynamic: rounded to x's dtype, then q2, s2 as `quantize_fp8` gives them
+        for h. Static: ``q2 = e4m3(h / a2_scale)`` straight from float32, again without a rounding between.
+      y: ``(s2 * w2_scale * sum + bias2) * weight`` in float32, rounded to x's dtype.
+      out: the float32 sum of a token's y in the order of its routes, rounded to x's dtype.
+    Results are the same bits from run to run. A NaN in x or h, with dynamic scales also an infinity, makes
+    NaN of all that is computed from its row.
+
+    Returns `out` or a new array.
+
+    Raises ValueError and TypeError naming the argument, with nothing written.
+    """
+    emulator = emulated.wanted(backend)
+    layer = {
+        "w1_scale": w1_scale,
+        "w2_scale": w2_scale,
+        "a1_scale": a1_scale,
+        "a2_scale": a2_scale,
+        "activation": activation,
+        "gated": gated,
+        "expert_map": expert_map,
+        "apply_router_weight_on_input": apply_router_weight_on_input,
+        "bias1": bias1,
+        "bias2": bias2,
+        "alpha": alpha,
+        "beta": beta,
+        "limit": limit,
+        "dtype": dtype,
+    }
+    if not emulator and framework_of(x, "x") == "numpy":
+        refuse_for_numpy(workspace=workspace, stream=stream)
+        from ..reference.moe import fused_moe_numpy  # not above: GPU callers need no NumPy code
+
+        return fused_moe_numpy(x, w1, w2, topk_weights, topk_ids, out=out, **layer)
+    return _fused_moe_on_device(x, w1, w2, topk_weights, topk_ids, layer, out, workspace, stream, emulator)
+
+
+def _fused_moe_on_device(
+    x: Any,
+    w1: Any,
+    w2: Any,
+    topk_weights: Any,
+    topk_ids: Any,
+    layer: dict[str, Any],
+    out: Any,
+    workspace: Any,
+    stream: Any,
+    emulator: bool,
+) -> Any:
+    """The same with the GPU's kernels; `layer`: all arguments that each call does not bring, by name;
+    `emulator`: on host arrays, in the emulator."""
+    raise NotImplementedError("sm12x.fused_moe: the GPU path is not there yet")
