@@ -10,8 +10,10 @@ import pytest
 
 import sm12x
 from sm12x import device_memory
+from sm12x.checkpoint import make_checkpoint
 from sm12x.cli import demo_gpu, workload
 from unit import fake_driver
+from unit.checkpoints import new_seed
 from unit.fake_driver import real_bindings
 from unit.fake_memory import DriverWithMemory
 
@@ -55,8 +57,6 @@ class DriverWithGraphs(DriverWithMemory):
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(fake_driver, "FakeDriver", DriverWithGraphs)
-    monkeypatch.setattr(workload, "HIDDEN", 64)
-    monkeypatch.setattr(workload, "INTERMEDIATE", 48)
     return fake_driver.install(monkeypatch, tmp_path)
 
 
@@ -90,8 +90,8 @@ class Layer:
 @pytest.fixture
 def made(fake, tmp_path):
     folder = tmp_path / "checkpoint"
-    workload.make(folder, 32, 1, emulated=False)
-    return folder, workload.build(folder, 0, 1, 1, show_progress=False)
+    make_checkpoint(folder, layers=2, num_experts=32, top_k=8, seed=new_seed())
+    return folder, workload.build(folder, 1, 1, 1, show_progress=False)
 
 
 def test_a_graph_of_calls_on_rotated_experts_is_timed_and_everything_is_freed(fake, made, monkeypatch):
