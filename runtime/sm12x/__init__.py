@@ -1,8 +1,9 @@
 """sm12x: precompiled FP8 kernels of expert layers for consumer and workstation Blackwell (CC 12.x).
 
 `fused_moe`, a whole expert layer, and its parts `quantize_fp8`, `route` and `grouped_gemm` are the
-operations; `reference` is what they compute in NumPy, `emulator` runs their kernels on the CPU. Names are
-loaded on first use: `import sm12x` imports no CUDA, no framework and not even NumPy.
+operations; `checkpoint` loads layers for them, `reference` is what they compute in NumPy, `emulator` runs
+their kernels on the CPU. Names are loaded on first use: `import sm12x` imports no CUDA, no framework and not
+even NumPy.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from .manifest import wheel_major as _wheel_major
 
 if TYPE_CHECKING:
-    from . import emulator, reference
-    from .errors import CubinError, CudaError, DriverError, UnsupportedDeviceError
+    from . import checkpoint, emulator, reference
+    from .errors import CheckpointError, CubinError, CudaError, DriverError, UnsupportedDeviceError
     from .ops.fused_moe import fused_moe
     from .ops.grouped_gemm import grouped_gemm
     from .ops.launch import workspace_size
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
     "CubinError",
     "CudaError",
     "DriverError",
@@ -31,6 +33,7 @@ __all__ = [
     "Routing",
     "UnsupportedDeviceError",
     "__version__",
+    "checkpoint",
     "emulator",
     "fused_moe",
     "grouped_gemm",
@@ -43,6 +46,7 @@ __all__ = [
 _wheel_major()  # ImportError where both wheels are installed
 
 _MODULES = {
+    "CheckpointError": ".errors",
     "CubinError": ".errors",
     "CudaError": ".errors",
     "DriverError": ".errors",
@@ -58,7 +62,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("emulator", "reference"):
+    if name in ("checkpoint", "emulator", "reference"):
         return importlib.import_module(f".{name}", __name__)
     module = _MODULES.get(name)
     if module is None:

@@ -74,8 +74,10 @@ def _free(device: driver.Device, ptr: int) -> None:
         driver.call("cuMemFree", ptr)
 
 
-def empty(device: driver.Device, shape: tuple[int, ...], dtype: str, stream: int) -> DeviceArray:
-    """Uninitialised memory that `stream` will write. Raises CudaError where there is not enough."""
+def empty(device: driver.Device, shape: tuple[int, ...], dtype: str, stream: int | None) -> DeviceArray:
+    """Uninitialised memory that `stream` will write; None: the host alone, and waits for it. Raises CudaError
+    where there is not enough.
+    """
     allocation = _Allocation(device, math.prod(shape) * numpy_dtype(dtype).itemsize)
     return DeviceArray(allocation.ptr, shape, dtype, device.ordinal, allocation, stream=stream)
 
@@ -91,6 +93,17 @@ def upload(device: driver.Device, values: NDArray[Any], stream: int, dtype: str 
             driver.call("cuMemcpyHtoDAsync", array.ptr, values.ctypes.data, values.nbytes, stream)
             driver.call("cuStreamSynchronize", stream)  # `values` may go away
     return array
+
+
+def write(device: driver.Device, array: DeviceArray, first: int, values: NDArray[Any]) -> None:
+    """Copy a compact host array into the elements of a compact array from number `first` on, done when this
+    returns.
+    """
+    if values.nbytes:
+        start = array.ptr + first * numpy_dtype(array.dtype).itemsize
+        with driver.current(device):
+            driver.call("cuMemcpyHtoDAsync", start, values.ctypes.data, values.nbytes, 0)
+            driver.call("cuStreamSynchronize", 0)
 
 
 def download(device: driver.Device, array: DeviceArray, stream: int) -> NDArray[Any]:

@@ -40,3 +40,18 @@ class UnsupportedDeviceError(CudaError):
 
 class CubinError(RuntimeError):
     """The manifest or a cubin is missing, truncated, altered, or of another schema or ABI."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint on disk lacks something, or has it in a form that cannot be used.
+
+    Attributes: `file` is where it was looked for, `tensor` the tensor's name (None where the file itself, or
+    an entry of config.json, is what is wrong), `expected` and `given` what was expected and found there.
+    """
+
+    def __init__(self, file: object, tensor: str | None, expected: str, given: str) -> None:
+        super().__init__(f"{file}: {f'{tensor}: ' if tensor else ''}expected {expected}, got {given}")
+        self.file = str(file)
+        self.tensor = tensor
+        self.expected = expected
+        self.given = given

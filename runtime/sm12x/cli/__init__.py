@@ -16,7 +16,7 @@ from sm12x import __version__
 from sm12x.errors import CubinError, CudaError
 
 COMMANDS = {
-    "demo": "run an FP8 mixture-of-experts projection and check it against float64",
+    "demo": "run an FP8 expert layer from a checkpoint's files and check it against float64",
     "kernels": "list every precompiled kernel and its resources",
     "doctor": "say what keeps this machine from using the kernels, and what to do",
     "verify": "check the hashes of all cubins, and re-assemble them where a ptxas is at hand",

@@ -1,8 +1,8 @@
-"""``python -m sm12x demo``: an FP8 mixture-of-experts projection from BF16 data to a checked result.
+"""``python -m sm12x demo``: one FP8 expert layer, from a checkpoint's files to a checked result.
 
-gemma-4-26B-A4B's first expert projection: BF16 activations and weights quantised per token and per channel to
-e4m3, as FP8-Dynamic checkpoints are, routed by a top-8 router, through ``sm12x.grouped_gemm``. Without a GPU
-the same kernels run in the emulator, on a smaller problem.
+The layer comes from a Hugging Face directory (``--checkpoint``), or from a small one that is written first,
+in the form of gemma-4-26B-A4B's FP8-Dynamic checkpoints. Random tokens are routed by the layer's own router
+and go through ``sm12x.fused_moe``. Without a GPU the same kernels run in the emulator, on a smaller layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import sm12x
@@ -21,8 +24,12 @@ from sm12x.cli.doctor import Finding, problems
 from sm12x.cli.progress import counting
 from sm12x.emulator import devices
 
-GPU_TOKENS, CPU_TOKENS, CPU_EXPERTS = 128, 16, 16
-CHECKED_EXPERTS = 16
+GPU_TOKENS, CPU_TOKENS, CPU_TOKENS_OF_A_CHECKPOINT = 128, 16, 1
+CHECKED_TOKENS = 16
+KEYS = (
+    *("backend", "device", "variant", "max_rel_err", "tolerance_ratio", "time_us", "shape"),
+    *("checkpoint", "layer", "model_type", "scheme"),
+)
 
 
 def _positive(text: str) -> int:
@@ -39,15 +46,32 @@ def _experts(text: str) -> int:
     return value
 
 
+def _layer(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected at least 0, got {value}")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument(
-        "--tokens", type=_positive, help=f"tokens T (default: {GPU_TOKENS} on a GPU, {CPU_TOKENS} without)"
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="directory of a Mixtral, Qwen3-MoE or Gemma 4 model (default: a small one is made first)",
     )
-    parser.add_argument(
+    source.add_argument(
         "--experts",
         type=_experts,
-        help=f"experts E (default: {work.EXPERTS} on a GPU, {CPU_EXPERTS} without)",
+        help="experts E of the model that is made (default: 64 on a GPU, 16 without)",
+    )
+    parser.add_argument("--layer", type=_layer, default=0, metavar="L", help="its layer (default: 0)")
+    parser.add_argument(
+        "--tokens",
+        type=_positive,
+        help=f"tokens T (default: {GPU_TOKENS} on a GPU; without, {CPU_TOKENS}, or "
+        f"{CPU_TOKENS_OF_A_CHECKPOINT} with --checkpoint)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random data (default: 0)")
 
@@ -55,26 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     found = problems()
     if found and not found[0].is_about_the_machine:
-        return _broken_installation(args, found[0])
-    problem = found[0] if found else None
-    show_progress = not args.json or sys.stderr.isatty()
-    tokens = args.tokens or (CPU_TOKENS if problem else GPU_TOKENS)
-    experts = args.experts or (CPU_EXPERTS if problem else work.EXPERTS)
-    lines = [f"sm12x {sm12x.__version__} demo: FP8 mixture-of-experts projection of gemma-4-26B-A4B"]
-    if problem is not None:
-        lines += _why_no_gpu(problem)
-    _say(args, lines)
-    workload = work.build(
-        tokens, experts, args.seed, show_progress=show_progress, emulated=problem is not None
-    )
-    shape = ", ".join(f"{name} {value}" for name, value in workload.shape.items())
-    _say(args, [f"shape      {shape}; {(workload.counts > 0).sum()} experts have rows"])
+        return _failed(args, f"{found[0].check}: {found[0].detail}\n-> {found[0].remedy}")
     try:
-        report, lines = (
-            _emulated(workload, show_progress) if problem else _on_gpu(workload, args.seed, show_progress)
-        )
-    except (sm12x.CudaError, sm12x.CubinError, emulator.EmulatorError) as error:
+        with ExitStack() as stack:
+            report, lines = _from_files(args, found[0] if found else None, stack)
+    except (sm12x.CheckpointError, sm12x.CudaError, sm12x.CubinError, emulator.EmulatorError) as error:
         return _failed(args, f"{type(error).__name__}: {error}")
+    except ImportError as error:  # safetensors
+        return _failed(args, str(error))
     _say(args, lines)
     if args.json:
         print(json.dumps(report))
@@ -83,20 +95,69 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report["ok"] else 1
 
 
+def _from_files(
+    args: argparse.Namespace, problem: Finding | None, stack: ExitStack
+) -> tuple[dict[str, Any], list[str]]:
+    """The whole job; `stack` keeps the files of a checkpoint that is made here as long as they are needed."""
+    show_progress = not args.json or sys.stderr.isatty()
+    emulated = problem is not None
+    lines = [f"sm12x {sm12x.__version__} demo: one FP8 expert layer, from a checkpoint's files to its output"]
+    if problem is not None:
+        lines += _why_no_gpu(problem)
+    _say(args, lines)
+    if args.checkpoint is None:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sm12x-demo-")))
+        experts = args.experts or (work.EMULATED_EXPERTS if emulated else work.EXPERTS)
+        work.make(folder, experts, args.seed, emulated=emulated)
+        _say(
+            args,
+            [f"made       a checkpoint with random weights ({_size(folder)}); --checkpoint DIR: a real one"],
+        )
+    else:
+        folder = Path(args.checkpoint)
+    few = CPU_TOKENS if args.checkpoint is None else CPU_TOKENS_OF_A_CHECKPOINT
+    tokens = args.tokens or (few if emulated else GPU_TOKENS)
+    start = time.perf_counter()
+    workload = work.build(folder, args.layer, tokens, args.seed, show_progress=show_progress)
+    layer = workload.layer
+    _say(
+        args,
+        [
+            f"layer      {args.layer} of {layer.model_type}: {layer.scheme}; {layer.activation}; "
+            f"read in {time.perf_counter() - start:.2f} s",
+            "shape      "
+            + ", ".join(f"{name} {value}" for name, value in workload.shape.items())
+            + f"; {(workload.counts > 0).sum()} experts have tokens",
+        ],
+    )
+    report, lines = (
+        _emulated(workload, show_progress)
+        if emulated
+        else _on_gpu(workload, folder, args.seed, show_progress)
+    )
+    report |= {
+        "checkpoint": args.checkpoint,
+        "layer": args.layer,
+        "model_type": layer.model_type,
+        "scheme": str(layer.scheme),
+    }
+    return report, lines
+
+
+def _size(folder: Path) -> str:
+    files = list(folder.glob("*.safetensors"))
+    return f"{len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
+
+
 def _say(args: argparse.Namespace, lines: list[str]) -> None:
     if not args.json:
         print("\n".join(lines), flush=True)
 
 
-def _broken_installation(args: argparse.Namespace, problem: Finding) -> int:
-    return _failed(args, f"{problem.check}: {problem.detail}\n-> {problem.remedy}")
-
-
 def _failed(args: argparse.Namespace, why: str) -> int:
     print(f"sm12x demo: {why}", file=sys.stderr)
     if args.json:
-        keys = "backend", "device", "variant", "max_rel_err", "tolerance_ratio", "time_us", "shape"
-        print(json.dumps({"ok": False, **dict.fromkeys(keys)}))
+        print(json.dumps({"ok": False, **dict.fromkeys(KEYS)}))
     return 1
 
 
@@ -104,8 +165,7 @@ def _why_no_gpu(problem: Finding) -> list[str]:
     return [
         f"no GPU is used. {problem.check}: {problem.detail}",
         f"   -> {problem.remedy}" if problem.remedy else "   -> `python -m sm12x doctor` says more",
-        "the same kernels run in the emulator, their PTX on this CPU instruction by instruction, on a "
-        f"smaller problem: K {work.EMULATED_K} and N {work.EMULATED_N} instead of {work.K} and {work.N}",
+        "the same kernels run in the emulator, their PTX on this CPU instruction by instruction; "
         "no time of the emulator says anything about a GPU",
     ]
 
@@ -132,47 +192,48 @@ def _report(
     }
 
 
-def _error_line(error: tuple[float, float], experts: str) -> str:
+def _error_line(error: tuple[float, float], tokens: str) -> str:
     return (
-        f"error      largest {error[0]:.2e} of the largest output; {error[1]:.3f} of the tolerance "
-        f"(at most 1 passes) against float64, {experts}"
+        f"error      largest of a token {error[0]:.2e} of its length; {error[1]:.3f} of the tolerance "
+        f"(at most 1 passes) against float64, {tokens}"
     )
 
 
 def _emulated(workload: work.Workload, show_progress: bool) -> tuple[dict[str, Any], list[str]]:
+
     start = time.perf_counter()
     with counting("segments", enabled=show_progress) as show, emulator.use() as session:
         session.progress = show
-        out = sm12x.grouped_gemm(
-            workload.a,
-            workload.b,
-            a_scale=workload.a_scale,
-            b_scale=workload.b_scale,
-            offsets=workload.offsets,
+        out = sm12x.fused_moe(
+            workload.x,
+            topk_weights=workload.topk_weights,
+            topk_ids=workload.topk_ids,
+            **workload.layer.arguments(),
             backend="emulator",
         )
     seconds = time.perf_counter() - start
-    experts = work.sample_experts(workload, len(workload.counts), seed=0)
-    error = work.check(workload, out, experts, show_progress=show_progress)
-    device = f"{devices.find(session.options.device).name} (emulated)"
-    variant = session.launches[-1].variant if session.launches else None
+    error = work.check(workload, out, list(range(len(out))), show_progress=show_progress)
+    part = devices.find(session.options.device).name
     lines = [
-        f"backend    emulator on the CPU, as if it were an {devices.find(session.options.device).name}",
+        f"backend    emulator on the CPU, as if it were an {part}",
         *(f"launch     {launch.variant} ({launch.arch})" for launch in session.launches),
         f"time       {seconds:.2f} s to emulate, no GPU's time",
-        _error_line(error, "all experts"),
+        _error_line(error, "all tokens"),
     ]
-    return _report(workload, "emulator", device, variant, seconds * 1e6, error), lines
+    variants = ", ".join(launch.variant for launch in session.launches) or None
+    return _report(workload, "emulator", f"{part} (emulated)", variants, seconds * 1e6, error), lines
 
 
-def _on_gpu(workload: work.Workload, seed: int, show_progress: bool) -> tuple[dict[str, Any], list[str]]:
+def _on_gpu(
+    workload: work.Workload, folder: Path, seed: int, show_progress: bool
+) -> tuple[dict[str, Any], list[str]]:
     from sm12x import driver
     from sm12x.cli import demo_gpu
 
     device = demo_gpu.open_device()
-    result = demo_gpu.run(workload, device)
-    experts = work.sample_experts(workload, CHECKED_EXPERTS, seed)
-    error = work.check(workload, result.out, experts, show_progress=show_progress)
+    result = demo_gpu.run(workload, folder, device)
+    tokens = work.sample_tokens(workload, CHECKED_TOKENS, seed)
+    error = work.check(workload, result.out, tokens, show_progress=show_progress)
     limit, source = demo_gpu.bandwidth(device)
     least = workload.least_bytes()
     speed = least / result.time_us / 1e3
@@ -191,11 +252,10 @@ def _on_gpu(workload: work.Workload, seed: int, show_progress: bool) -> tuple[di
     version = driver.get_driver().version
     lines = [
         f"device     {device.name}, compute capability {device.capability[0]}.{device.capability[1]}, "
-        f"driver for CUDA {version // 1000}.{version % 1000 // 10}",
-        f"variant    {result.variant} ({device.major}/{device.arch})",
-        f"time       {result.time_us:.1f} us a call: CUDA graph, median of {demo_gpu.REPLAYS} replays; "
+        f"driver for CUDA {version // 1000}.{version % 1000 // 10}, cubins {device.major}/{device.arch}",
+        f"time       {result.time_us:.1f} us a layer: CUDA graph, median of {demo_gpu.REPLAYS} replays; "
         f"weights read before any is read again: {result.rotated_bytes / 1e6:.0f} MB ({cold})",
         f"speed      {speed:.0f} GB/s, {floor}",
-        _error_line(error, f"{len(experts)} of the {(workload.counts > 0).sum()} experts with rows"),
+        _error_line(error, f"{len(tokens)} of {workload.x.shape[0]} tokens"),
     ]
-    return _report(workload, "cuda", device.name, result.variant, result.time_us, error), lines
+    return _report(workload, "cuda", device.name, None, result.time_us, error), lines
