@@ -84,7 +84,6 @@ def test_json_on_a_machine_without_a_gpu_is_one_object(no_gpu, small, as_numpy, 
     assert call["activation"] == "gelu_tanh"
 
 
-@pytest.mark.xfail(reason="sm12x.fused_moe has no kernels yet", strict=True)
 def test_the_full_command_in_its_own_process():
     """The machine's own sizes, module entry, stdout nothing but JSON; the kernels themselves."""
     command = [sys.executable, "-m", "sm12x", "demo", "--json", "--tokens", "2", "--experts", "4"]

@@ -90,7 +90,10 @@ def _rows(table: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any
 
 
 def _parse(row: dict[str, Any], where: str) -> Variant:
-    needed = {**_COMMON, **{**dict.fromkeys(GEMM_ROLES, _GEMM), "probe": _PROBE}.get(str(row.get("role")), {})}
+    needed = {
+        **_COMMON,
+        **{**dict.fromkeys(GEMM_ROLES, _GEMM), "probe": _PROBE}.get(str(row.get("role")), {}),
+    }
     known = {**needed, **_OPTIONAL_FACTS, **_OPTIONAL}
     for column, kind in known.items():
         if column not in row:

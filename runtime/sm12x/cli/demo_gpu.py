@@ -89,7 +89,7 @@ def run(workload: Workload, folder: Path, device: driver.Device) -> Result:
     out = gpu.empty(x.shape, "bfloat16")
     sm12x.fused_moe(x, topk_weights=weights, topk_ids=routings[0], **arguments, out=out, stream=gpu.stream)
     first = gpu.download(out)
-    plan = sm12x.FusedMoE(**arguments, max_tokens=x.shape[0])
+    plan = sm12x.FusedMoE(**arguments)
 
     def call(ids: DeviceArray) -> None:
         plan(x, weights, ids, out=out, stream=gpu.stream)

@@ -18,7 +18,8 @@ driver.clear_after_fork(_blocks)
 
 def block_of(device: driver.Device, stream: int, size: int) -> int:
     """Address of at least `size` bytes for calls on `stream`; 0 where they would have to be allocated while
-    the stream is being captured, which a graph cannot hold. The device's context is current. Raises CudaError."""
+    the stream is being captured, which a graph cannot hold. The device's context is current. Raises
+    CudaError."""
     found = _blocks.get((device.ordinal, stream))
     if found is not None and found[1] >= size:
         return found[0]
