@@ -1,5 +1,5 @@
-"""The manifest's ABI part: names out of sm12x/abi.h, abi_packed.h and abi_moe.h, sizes and offsets from the host
-compiler.
+"""The manifest's ABI part: names out of sm12x/abi.h, abi_packed.h and abi_moe.h, sizes and offsets from the
+host compiler.
 """
 
 from __future__ import annotations
