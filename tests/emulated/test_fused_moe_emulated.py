@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sm12x
-from sm12x import abi, manifest
+from sm12x import abi, emulator, manifest
 from sm12x.ops import moe_chain
 from sm12x.reference import fused_moe_float64, quantize_per_channel
 from sm12x.select.layer import select_layer
@@ -20,6 +20,13 @@ def rng():
     seed = int(np.random.default_rng().integers(1 << 31))
     print(f"seed {seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(autouse=True)
+def few_sms():
+    """A CTA for each of fewer SMs: the same work in less time, and more of it for each."""
+    with emulator.use(sms=12):
+        yield
 
 
 def weights(rng, experts, n, k):
@@ -165,6 +172,17 @@ def test_the_workspace_is_what_the_caller_gives(rng):
     assert (workspace != 0xA5).any()
     with pytest.raises(ValueError, match="workspace: expected at least"):
         layer.run("emulator", workspace=np.zeros(256, np.uint8))
+
+
+@pytest.mark.parametrize("schedule", [1, 2, 3])
+def test_the_chain_gives_the_same_bits_under_every_schedule(rng, schedule):
+    """Launches overlap in odd schedules, as programmatic dependent launch allows."""
+    layer = Layer(rng, 4, 3, 6, 96, 80, ids=rng.integers(-1, 6, (4, 3)))
+    expected = layer.run("emulator")
+    with emulator.use(seed=schedule) as session:
+        out = layer.run("emulator")
+    assert len(session.launches) == 4
+    np.testing.assert_array_equal(out.view(np.uint16), expected.view(np.uint16))
 
 
 @pytest.mark.parametrize("wide", [False, True])
