@@ -57,18 +57,34 @@ def test_importing_imports_no_cuda_no_framework_and_no_numpy():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_a_call_on_numpy_arrays_imports_no_cuda_and_no_framework():
-    done = run(
-        """
+CALLS = {
+    "grouped_gemm": """
+        a, b = np.zeros((4, 16), np.uint8), np.zeros((1, 8, 16), np.uint8)
+        sm12x.grouped_gemm(a, b, offsets=np.array([0, 4], np.int32), dtype="float8_e4m3fn")
+    """,
+    "fused_moe": """
+        x = np.ones((4, 16), np.float16)
+        w1, w2 = np.zeros((1, 32, 16), np.uint8), np.zeros((1, 16, 16), np.uint8)
+        ids, weights = np.zeros((4, 1), np.int32), np.ones((4, 1), np.float32)
+        sm12x.fused_moe(x, w1, w2, weights, ids, dtype="float8_e4m3fn")
+        sm12x.route(ids, 1)
+        sm12x.quantize_fp8(x)
+    """,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_on_numpy_arrays_imports_no_cuda_and_no_framework(name):
+    before = """
         before = set(sys.modules)
         import numpy as np
         import sm12x
-        a, b = np.zeros((4, 16), np.uint8), np.zeros((1, 8, 16), np.uint8)
-        sm12x.grouped_gemm(a, b, offsets=np.array([0, 4], np.int32), dtype="float8_e4m3fn")
+    """
+    after = """
         heavy = {"cuda", "torch", "jax", "jaxlib", "cupy", "tvm_ffi"}
         print(sorted(heavy & {name.partition(".")[0] for name in set(sys.modules) - before}))
-        """
-    )
+    """
+    done = run("".join(textwrap.dedent(part) for part in (before, CALLS[name], after)))
     assert done.stdout.strip() == "[]", done.stderr
 
 
