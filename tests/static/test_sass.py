@@ -42,7 +42,7 @@ def test_main_loops_hold_the_right_mma_and_no_local_memory(
     manifest: dict[str, Any], kernels: dict[str, sass.Kernel]
 ) -> None:
     with_mma = [item for item in _cubins(manifest) if "mma" in item[1]]
-    assert any(item[1]["role"] == "gemm" for item in with_mma), "the manifest lists no GEMM kernel"
+    assert {item[1]["role"] for item in with_mma} >= {"gemm", "up", "down"}, "GEMM kernels are missing"
     problems = []
     for _, variant, target, path in with_mma:
         found = sass.mma_problems(kernels[path], mma=variant["mma"], target=target)
@@ -52,17 +52,19 @@ def test_main_loops_hold_the_right_mma_and_no_local_memory(
 
 def test_own_kernels_use_no_local_memory(manifest: dict[str, Any], kernels: dict[str, sass.Kernel]) -> None:
     own = [item for item in _cubins(manifest) if not lint.runs_in_cutlass_shell(item[1])]
-    assert {item[1]["role"] for item in own} >= {"gemm", "prepare_packed"}, "kernels of our own are missing"
+    roles = {"gemm", "up", "down", "route", "quantize", "combine", "prepare_packed"}
+    assert {item[1]["role"] for item in own} >= roles, "kernels of our own are missing"
     used = {path: [str(i) for i in kernels[path].instructions if i.is_local] for _, _, _, path in own}
     assert {path: found for path, found in used.items() if found} == {}
 
 
-@pytest.mark.parametrize("family", ["fp8_packed", "fp8_ptr_array"])
+@pytest.mark.parametrize("family", ["fp8_packed", "fp8_ptr_array", "fp8_up", "fp8_down"])
 def test_stages_are_handed_back_once_their_fragments_are_there(
     manifest: dict[str, Any], kernels: dict[str, sass.Kernel], family: str
 ) -> None:
     """Or TMA writes the next stage over fragments that are still to be read, as seen on an H200."""
-    gemms = [path for _, v, _, path in _cubins(manifest) if (v["role"], v["family"]) == ("gemm", family)]
+    roles = "gemm", "up", "down"
+    gemms = [path for _, v, _, path in _cubins(manifest) if v["role"] in roles and v["family"] == family]
     assert gemms, "the manifest lists no GEMM kernel"
     problems = []
     for path in gemms:
@@ -89,7 +91,11 @@ def test_the_large_packed_tile_takes_few_issue_slots(
     source's: for cu12 the same without them."""
     rows = main_loop.read_shipped(manifest, kernels.__getitem__, target=target, major=major)
     large = [loop for variant, _, loop in rows if variant["tile"][:2] == [128, 128] and not loop.step]
-    assert large, "no packed kernel has a 128x128 tile"
+    ups = [v for v in manifest["variants"].values() if v["role"] == "up" and v["tile"][:2] == [128, 128]]
+    for up in ups:
+        path = up["targets"][target]["cubins"][major]["path"]
+        large += [loop for loop in main_loop.shipped_loops(up, kernels[path]) if not loop.step]
+    assert len(large) >= 3, "a 128x128 tile is missing"
     for loop in large:
         padding = loop.mix.nop / loop.mix.mma if major == "cu12" else 0.0
         assert loop.mix.slots_per_mma - padding <= 1.6, loop
