@@ -43,6 +43,7 @@ SM12X_ROUTE_COUNT = 1
 SM12X_ROUTE_PLACE = 2
 
 SM12X_ROUTES_PER_CTA = 8192
+SM12X_MOST_COUNTED_EXPERTS = 256
 
 SM12X_ROWS_PACKED = 0
 SM12X_ROWS_MASKED = 1
@@ -229,6 +230,8 @@ class sm12x_up_params(ctypes.Structure):
     _fields_ = [
         ("gemm", sm12x_packed_params),
         ("row_maxima", ctypes.c_uint64),
+        ("topk_ids", ctypes.c_uint64),
+        ("expert_map", ctypes.c_uint64),
         ("d_scale", ctypes.c_uint64),
         ("d_scale_value", ctypes.c_float),
         ("alpha", ctypes.c_float),
@@ -237,8 +240,10 @@ class sm12x_up_params(ctypes.Structure):
         ("activation", ctypes.c_int32),
         ("half_stride", ctypes.c_int32),
         ("pair_stride", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("_tail", ctypes.c_uint8 * 16),
+        ("routes", ctypes.c_int32),
+        ("map_size", ctypes.c_int32),
+        ("ids_are_64_bit", ctypes.c_int32),
+        ("_tail", ctypes.c_uint8 * 56),
     ]
 
 

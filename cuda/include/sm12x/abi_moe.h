@@ -25,11 +25,18 @@ enum sm12x_activation {
 /* GEMM1: h = activation(a_scale * w1_scale * acc + bias1). gemm.n counts rows of w1, 2 I where gated; gemm.d is
  * h, (rows, I), and gemm.out_type SM12X_OUT_BFLOAT16, _FLOAT16 or _E4M3. Row r of w1's half h (0: gate, 1:
  * up) is row r * pair_stride + h * half_stride; gemm.map_b has them in that order: (k, 8, 2, I / 8,
- * num_groups). */
+ * num_groups).
+ *
+ * With topk_ids the weights are loaded before the grid in front has ended: the offsets, which that one may
+ * still be writing, are counted from the routes themselves, of SM12X_MOST_COUNTED_EXPERTS experts at most. The
+ * ids and the map must be there before the grid in front lets dependents begin. */
+#define SM12X_MOST_COUNTED_EXPERTS 256
+
 typedef struct sm12x_up_params {
   sm12x_packed_params gemm;
-  uint64_t
-      row_maxima; /* uint32_t (rows,): raised to the bits of max |h| of each row, h as stored; or 0 */
+  uint64_t row_maxima; /* uint32_t (rows,): raised to the bits of max |h| of each row of h; or 0 */
+  uint64_t topk_ids;   /* int32 or int64 (routes,), or 0 */
+  uint64_t expert_map; /* int32_t (map_size,): a global expert's local number, or 0 */
   uint64_t d_scale;    /* float*: one for all of an e4m3 d, or 0 */
   float d_scale_value; /* where d_scale is 0 */
   float alpha;
@@ -38,11 +45,14 @@ typedef struct sm12x_up_params {
   int32_t activation; /* SM12X_ACTIVATION_* */
   int32_t half_stride;
   int32_t pair_stride;
-  int32_t reserved;
+  int32_t routes;
+  int32_t map_size;
+  int32_t ids_are_64_bit;
 } sm12x_up_params;
 
 /* GEMM2 on rows that it quantises itself: gemm.a is h, (rows, k) of a_type, gemm.a_scale is not read. A row's
- * scale is max(maximum, 1 / 512) / 448. */
+ * scale is max(maximum, 1 / 512) / 448. gemm.bounds must be there before the grid in front lets dependents
+ * begin: weights are loaded before it has ended. */
 typedef struct sm12x_down_params {
   sm12x_packed_params gemm;
   uint64_t row_maxima; /* uint32_t (rows,): bits of max |h| of each row */

@@ -96,7 +96,8 @@ class PackedGemm {
   static constexpr int kProducerRegisters = 3 * 168 - 2 * kMmaRegisters;
   static_assert(kMmaRegisters % 8 == 0 && kProducerRegisters % 8 == 0, "what setmaxnreg takes");
 
-  using Schedule = PackedSchedule<Config::kSwapAb, kTokens, kFeatures, kTileK, Operation::kStrip>;
+  using Schedule = PackedSchedule<Config::kSwapAb, kTokens, kFeatures, kTileK, Operation::kStrip,
+                                  Operation::kReadsBoundsFresh>;
   // Under swap_ab a piece has any number of strips of features. It comes in boxes of 1, 2, 4, 8 and 16
   // strips, because TMA takes some 40 ns for a box however small (measured on an H200).
   static constexpr int kBoxFeatures = Config::kSwapAb ? Schedule::kStrip : kFeatures;
@@ -115,10 +116,15 @@ class PackedGemm {
   using Queue = WorkQueue<PackedWork, 4>;
   // Barriers and work lie in front of the stages. A launch may bring more shared memory than this, which a device
   // with more of it then fills with stages.
-  static constexpr int kBarrierBytes = 1024;
+  struct Front {
+    typename Queue::Storage queue;
+    typename Ring::Storage ring;
+    typename Ring::EmptyBarrier turn[Config::kMmaGroups];  // of a group's main loop
+    typename Operation::Shared of_operation;
+  };
+  static constexpr int kFrontBytes = (int(sizeof(Front)) + 1023) / 1024 * 1024;
   static constexpr int kSharedBytes = detail::kSharedMemoryBytes;
-  static constexpr int kStages =
-      (kSharedBytes - kBarrierBytes) / (kBoxes * kBoxBytes + kTokenBytes);
+  static constexpr int kStages = (kSharedBytes - kFrontBytes) / (kBoxes * kBoxBytes + kTokenBytes);
   static_assert(kStages >= 2, "two stages of this tile need more shared memory than SM12x has");
 
   // Unrolled over the ring, a loop with many MMAs has fewer other instructions; short ones would only grow.
@@ -148,12 +154,10 @@ class PackedGemm {
   // -----------------------------------------------------------------------------------------------
 
   struct SharedMemory {
-    typename Queue::Storage queue;
-    typename Ring::Storage ring;
-    typename Ring::EmptyBarrier turn[Config::kMmaGroups];  // of a group's main loop
-    alignas(1024) char stages[1];                          // of each stage: weights, then tokens
+    Front front;
+    alignas(1024) char stages[1];  // of each stage: weights, then tokens
   };
-  static_assert(offsetof(SharedMemory, stages) == kBarrierBytes);
+  static_assert(offsetof(SharedMemory, stages) == kFrontBytes);
 
   /// Where the stages of a CTA lie: they are as long as its largest piece.
   struct Stages {
@@ -209,12 +213,13 @@ class PackedGemm {
   // Finds the CTA's work, loads the weights and hands every piece on: the first one once its first load is
   // on the way, because the MMA warps cannot use it before that has arrived; all others while the loads of the
   // one in front are, because with a row index the tokens warp has to look up its rows.
-  __device__ static void find_work(Params const& params, SharedMemory& shared, Ring& ring,
-                                   Schedule& schedule, uint32_t stages_of_boxes) {
-    Queue queue(shared.queue);
+  __device__ static void find_work(Params const& params, Extra const& extra, SharedMemory& shared,
+                                   Ring& ring, Schedule& schedule, uint32_t stages_of_boxes) {
+    Queue queue(shared.front.queue);
     typename Queue::State at = Queue::Ring::producer_start();
     State state = Ring::producer_start();
-    schedule.start();
+    void const* const bounds = Operation::bounds(params, extra, shared.front.of_operation);
+    schedule.start(bounds, params.bounds_are_64_bit && bounds != &shared.front.of_operation);
     PackedWork work;
     schedule.next(work);
     bool is_first = true;
@@ -355,12 +360,12 @@ class PackedGemm {
           ring, state, operands, count, last_blocks, accumulators);
     };
     if constexpr (Config::kMmaGroups > 1) {
-      shared.turn[mma_group].wait(turn_phase);
+      shared.front.turn[mma_group].wait(turn_phase);
     }
     dispatch(work, warp_m, run);
     if constexpr (Config::kMmaGroups > 1) {
       if (cute::elect_one_sync()) {
-        shared.turn[(mma_group + 1) % Config::kMmaGroups].arrive();
+        shared.front.turn[(mma_group + 1) % Config::kMmaGroups].arrive();
       }
     }
     if (count < k_tiles) {
@@ -385,7 +390,7 @@ class PackedGemm {
     int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     int const mma_warp = warp - kProducerWarps;
     bool const gathers = !kQuantisesRows && params.row_index != 0;
-    Ring ring(shared.ring);
+    Ring ring(shared.front.ring);
     if (threadIdx.x == 0) {
       for (int map = 0; map < kWeightMaps; ++map) {
         arch::prefetch_tensor_map(&params.map_b[map]);
@@ -394,14 +399,14 @@ class PackedGemm {
         arch::prefetch_tensor_map(&params.map_a);
       }
       for (int group = 0; Config::kMmaGroups > 1 && group < Config::kMmaGroups; ++group) {
-        shared.turn[group].init(kGroupWarps);
+        shared.front.turn[group].init(kGroupWarps);
       }
       ring.init(1 + (gathers ? 32 : kTokensWarps), kGroupWarps);
-      Queue(shared.queue).init(kTokensWarps + kMmaWarps);
+      Queue(shared.front.queue).init(kTokensWarps + kMmaWarps);
     }
     Schedule schedule(params);
     // Lane l knows how many stages of l + 1 boxes fit: no division once the work is known.
-    uint32_t stages_of_boxes = min((arch::dynamic_shared_bytes() - kBarrierBytes) /
+    uint32_t stages_of_boxes = min((arch::dynamic_shared_bytes() - kFrontBytes) /
                                        ((threadIdx.x % 32 + 1) * kBoxBytes + kTokenBytes),
                                    uint32_t(kMostStages));
     arch::keep(stages_of_boxes);
@@ -434,15 +439,16 @@ class PackedGemm {
     if (Roles == kProducers && warp >= kTokensWarp + kTokensWarps) {
       return;
     }
-    if constexpr (Config::kPdl) {
+    bool const is_early = Operation::kLoadsWeightsEarly && warp == kWeightsWarp;
+    if (Config::kPdl && !is_early) {
       arch::wait_on_prerequisite_grids();
       arch::launch_dependent_grids();
     }
     if (Roles != kMma && warp == kWeightsWarp) {
-      find_work(params, shared, ring, schedule, stages_of_boxes);
+      find_work(params, extra, shared, ring, schedule, stages_of_boxes);
       return;
     }
-    Queue queue(shared.queue);
+    Queue queue(shared.front.queue);
     typename Queue::State at;
     State state = Roles != kMma && mma_warp < 0 ? Ring::producer_start() : State{};
     for (int turn = 0;; ++turn) {

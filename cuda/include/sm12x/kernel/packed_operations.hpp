@@ -1,5 +1,9 @@
 /// What a kernel of the packed layer computes: a product as it is, or one of an expert layer's two.
 ///
+/// An expert layer's kernels find their work and load weights before the grid in front of them has ended, as
+/// programmatic dependent launch allows for what that one does not write. Their bounds come from further ahead,
+/// or from the routes.
+///
 /// An operation says what its launch has beyond sm12x_packed_params (Extra), how the weights come and in what
 /// units of features they are shared out, where the rows come from, and which epilogue stores.
 #pragma once
@@ -9,10 +13,12 @@
 #include <sm12x/abi_moe.h>
 #include <sm12x/abi_packed.h>
 #include <sm12x/arch/copy.hpp>
+#include <sm12x/arch/grid.hpp>
 #include <sm12x/epilogue/activation_store.hpp>
 #include <sm12x/epilogue/quantise.hpp>
 #include <sm12x/epilogue/row_store.hpp>
 #include <sm12x/kernel/packed_scheduler.hpp>
+#include <sm12x/kernel/route_counter.hpp>
 
 namespace sm12x::kernel {
 
@@ -22,6 +28,14 @@ struct Product {
   static constexpr int kStrip = 8;  // features that stay together
   static constexpr bool kQuantisesRows = false;
   static constexpr int kMmaRegisters = 192;  // where registers move from the producers
+  static constexpr bool kLoadsWeightsEarly = false;
+  static constexpr bool kReadsBoundsFresh = false;  // past L1
+  struct Shared {};
+
+  // Where the bounds are. By the warp that finds the work, whole.
+  __device__ static void const* bounds(sm12x_packed_params const& params, Extra const&, Shared&) {
+    return reinterpret_cast<void const*>(params.bounds);
+  }
 
   __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
                                       int feature, int group, arch::CachePolicy policy) {
@@ -44,6 +58,19 @@ struct Up {
   static constexpr int kStrip = Gated ? 16 : 8;  // 8 gates and their ups
   static constexpr bool kQuantisesRows = false;
   static constexpr int kMmaRegisters = 200;
+  static constexpr bool kLoadsWeightsEarly = true;
+  static constexpr bool kReadsBoundsFresh = false;
+  using Shared = RouteCounter;
+
+  __device__ static void const* bounds(sm12x_packed_params const& params, Extra const& up,
+                                       Shared& shared) {
+    if (up.topk_ids == 0) {
+      arch::wait_on_prerequisite_grids();
+      return reinterpret_cast<void const*>(params.bounds);
+    }
+    shared.count(up, params.num_groups);
+    return shared.offsets;
+  }
 
   __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
                                       int feature, int group, arch::CachePolicy policy) {
@@ -64,6 +91,13 @@ struct Down {
   static constexpr int kStrip = 8;
   static constexpr bool kQuantisesRows = true;
   static constexpr int kMmaRegisters = 192;
+  static constexpr bool kLoadsWeightsEarly = true;
+  static constexpr bool kReadsBoundsFresh = true;
+  struct Shared {};
+
+  __device__ static void const* bounds(sm12x_packed_params const& params, Extra const&, Shared&) {
+    return reinterpret_cast<void const*>(params.bounds);
+  }
 
   __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
                                       int feature, int group, arch::CachePolicy policy) {

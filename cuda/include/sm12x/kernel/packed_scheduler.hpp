@@ -61,8 +61,9 @@ struct alignas(16) PackedWork {
 ///
 /// A window is 128 groups: group 32 * i + l is the i-th of lane l. Where every group of the window has one
 /// tile at most, as when tokens are few, four ballots are the running count; else it is a prefix sum.
-/// Count: unsigned type that holds the units of all groups.
-template <int TileTokens, class Count>
+/// Count: unsigned type that holds the units of all groups. Fresh: bounds are read past L1, which may hold what
+/// they were before.
+template <int TileTokens, class Count, bool Fresh>
 class GroupWalker {
  public:
   struct Group {
@@ -75,6 +76,12 @@ class GroupWalker {
 
   __device__ GroupWalker(sm12x_packed_params const& params, uint32_t feature_units)
       : params_(params), lane_(threadIdx.x % 32), feature_units_(feature_units) {}
+
+  /// Where the bounds are. Before all else.
+  __device__ void set_bounds(void const* bounds, bool are_64_bit) {
+    bounds_ = bounds;
+    bounds_are_64_bit_ = are_64_bit;
+  }
 
   /// Tiles of tokens of all groups. Before the first find().
   __device__ Count total() {
@@ -155,13 +162,13 @@ class GroupWalker {
     int const second = packed ? 1 : 0;
     int begin[kPerLane];
     int end[kPerLane];
-    if (__builtin_expect(params_.bounds_are_64_bit, 0)) {
-      auto const* const bounds = reinterpret_cast<int64_t const*>(params_.bounds);
+    if (__builtin_expect(bounds_are_64_bit_, 0)) {
+      auto const* const bounds = static_cast<int64_t const*>(bounds_);
       int64_t wide[2][kPerLane];
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        wide[0][i] = bounds[min(group_of(i), last)];
-        wide[1][i] = bounds[min(group_of(i) + second, last)];
+        wide[0][i] = load(bounds + min(group_of(i), last));
+        wide[1][i] = load(bounds + min(group_of(i) + second, last));
       }
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
@@ -169,11 +176,11 @@ class GroupWalker {
         end[i] = clamped(wide[1][i], limit);
       }
     } else {
-      auto const* const bounds = reinterpret_cast<int32_t const*>(params_.bounds);
+      auto const* const bounds = static_cast<int32_t const*>(bounds_);
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        begin[i] = bounds[min(group_of(i), last)];
-        end[i] = bounds[min(group_of(i) + second, last)];
+        begin[i] = load(bounds + min(group_of(i), last));
+        end[i] = load(bounds + min(group_of(i) + second, last));
       }
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
@@ -262,6 +269,11 @@ class GroupWalker {
     window_end_ = window_start_ + tiles;
   }
 
+  __device__ static int64_t load(int64_t const* bound) {
+    return Fresh ? __ldcg(reinterpret_cast<long long const*>(bound)) : *bound;
+  }
+  __device__ static int load(int32_t const* bound) { return Fresh ? __ldcg(bound) : *bound; }
+
   __device__ int group_of(int i) const { return window_ + 32 * i + lane_; }
 
   __device__ static int clamped(int64_t value, int limit) {
@@ -269,6 +281,8 @@ class GroupWalker {
   }
 
   sm12x_packed_params const& params_;
+  void const* bounds_ = nullptr;
+  bool bounds_are_64_bit_ = false;
   int lane_;
   uint32_t feature_units_;
   int window_ = -kWindow;      // first group of the window
@@ -282,8 +296,8 @@ class GroupWalker {
 };
 
 /// The work of one CTA, in order. Runs: the family's swapped kernels; turns: the others. Strip: features that
-/// no run parts.
-template <bool Runs, int TileTokens, int TileFeatures, int TileK, int Strip>
+/// no run parts. Fresh: GroupWalker's.
+template <bool Runs, int TileTokens, int TileFeatures, int TileK, int Strip, bool Fresh>
 class PackedSchedule {
  public:
   static constexpr int kStrip = Strip;
@@ -301,8 +315,9 @@ class PackedSchedule {
         per_cta_(0xffffffffu / gridDim.x + 1),
         largest_piece_(Runs && !splits_ ? 0 : kMostStrips) {}
 
-  /// Reads the bounds and finds this CTA's share.
-  __device__ void start() {
+  /// Reads the bounds, which lie there, and finds this CTA's share.
+  __device__ void start(void const* bounds, bool are_64_bit) {
+    walker_.set_bounds(bounds, are_64_bit);
     turn_ = blockIdx.x;
     if (!Runs && !splits_) {
       return;
@@ -458,8 +473,8 @@ class PackedSchedule {
   uint32_t k_tiles_;
   bool splits_;
   uint32_t strips_;  // of one group
-  GroupWalker<TileTokens, Count> walker_;
-  typename GroupWalker<TileTokens, Count>::Group group_;
+  GroupWalker<TileTokens, Count, Fresh> walker_;
+  typename GroupWalker<TileTokens, Count, Fresh>::Group group_;
   uint32_t per_cta_;        // 2^32 / CTAs, rounded up; 0 for one CTA
   uint32_t largest_piece_;  // in strips; 0 before the first piece of a run
   uint32_t units_ = 0;

@@ -11,6 +11,19 @@
 
 namespace sm12x::kernel {
 
+/// Local expert of a route, -1: none of this device's. Params: a launch struct with ids and a map.
+template <class Params>
+__device__ int expert_of(Params const& params, int route, int num_experts) {
+  int64_t id = params.ids_are_64_bit
+                   ? __ldcg(reinterpret_cast<long long const*>(params.topk_ids) + route)
+                   : int64_t(__ldcg(reinterpret_cast<int32_t const*>(params.topk_ids) + route));
+  if (params.expert_map != 0) {
+    bool const known = id >= 0 && id < params.map_size;
+    id = known ? __ldcg(reinterpret_cast<int32_t const*>(params.expert_map) + id) : -1;
+  }
+  return id >= 0 && id < num_experts ? int(id) : -1;
+}
+
 /// Threads: of the CTA.
 template <int Threads>
 class Router {
@@ -61,18 +74,6 @@ class Router {
  private:
   static constexpr uint32_t kAllLanes = 0xffffffffu;
 
-  // Local expert of a route, -1: none of this device's.
-  __device__ int expert_of(int route) const {
-    int64_t id = params_.ids_are_64_bit
-                     ? reinterpret_cast<int64_t const*>(params_.topk_ids)[route]
-                     : int64_t(reinterpret_cast<int32_t const*>(params_.topk_ids)[route]);
-    if (params_.expert_map != 0) {
-      bool const known = id >= 0 && id < params_.map_size;
-      id = known ? reinterpret_cast<int32_t const*>(params_.expert_map)[id] : -1;
-    }
-    return id >= 0 && id < params_.num_experts ? int(id) : -1;
-  }
-
   // Calls visit(route, expert, how many of the warp's 32 routes in front have the same one, how many of all
   // have it) for this warp's routes, in order; expert -1 has no row.
   template <class Visit>
@@ -84,7 +85,7 @@ class Router {
     int const end = min(begin + part_, end_);
     for (int at = begin; at < end; at += 32) {
       int const route = at + lane_;
-      int const expert = route < end ? expert_of(route) : -1;
+      int const expert = route < end ? expert_of(params_, route, params_.num_experts) : -1;
       uint32_t const peers = __match_any_sync(kAllLanes, expert);
       visit(route < end ? route : -1, expert, __popc(peers & ((1u << lane_) - 1)), __popc(peers));
       __syncwarp();
