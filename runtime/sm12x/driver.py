@@ -385,6 +385,17 @@ def read_bytes(device: Device, ptr: int, size: int, stream: int) -> bytes:
     return content.raw
 
 
+def allocate(device: Device, size: int) -> int:
+    """Address of `size` bytes that are never freed. Safe while any stream is being captured."""
+    bindings, call = device.driver.bindings, device.driver.call
+    relaxed = bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = call("cuThreadExchangeStreamCaptureMode", relaxed)
+    try:
+        return int(call("cuMemAlloc", size))
+    finally:
+        call("cuThreadExchangeStreamCaptureMode", before)
+
+
 def allocate_zeroed(device: Device, size: int) -> int:
     """Address of `size` bytes of zeros that are never freed. Safe while any stream is being captured."""
     bindings, call = device.driver.bindings, device.driver.call

@@ -88,6 +88,7 @@ class Up:
     pairs: bool = False
     limit: float = math.inf
     wide: bool = False
+    counts: bool = False  # rows, from the routes
 
 
 UP_PROBLEMS = {
@@ -97,6 +98,8 @@ UP_PROBLEMS = {
     "static": Up((3, 0, 70), 136, 144, 3, abi.SM12X_ACTIVATION_RELU2, E4M3, gathers=False),
     "static split": Up((3, 0, 17), 72, 704, 7, out=E4M3, least_units=1, wide=True),
     "clamped": Up((1,) * 9, 40, 144, 4, pairs=True, limit=1.5),
+    "counted": Up((1, 0, 5, 0, 2), 72, 144, 3, counts=True),
+    "counted wide": Up((2, 0, 30) + (0, 1) * 80, 40, 80, 4, counts=True, wide=True),
     "one expert": Up((150,), 64, 80, 5, gathers=False),
 }
 
@@ -161,7 +164,7 @@ def test_gemm1_with_its_activation(rng, key, name):
     for field, value in {
         "a": at_a,
         "d": out.first,
-        "bounds": m.upload(offsets.astype(integer), "offsets"),
+        "bounds": 0 if p.counts else m.upload(offsets.astype(integer), "offsets"),
         "row_index": m.upload(index.astype(integer), "row_index") if p.gathers else 0,
         "a_scale": m.upload(a_scale, "a_scale"),
         "b_scale": m.upload(b_scale, "b_scale"),
@@ -182,6 +185,8 @@ def test_gemm1_with_its_activation(rng, key, name):
         "out_type": TYPES[p.out],
     }.items():
         setattr(gemm, field, value)
+    if p.counts:
+        _routes(m, params, rng, p)
     split(m, gemm, variant, p.ctas, p.least_units)
     maps = encode_map(variant, "a", at_a, (p.k, tokens, 1), (p.k, tokens * p.k))
     for size in range(variant.weight_maps):
@@ -224,6 +229,20 @@ def test_gemm1_with_its_activation(rng, key, name):
         np.testing.assert_array_equal(read[1:-1], np.abs(found.astype(np.float32)).max(axis=1))
         assert read[0] == read[-1] == 0
     counters_are_zero(m, gemm, variant, p.ctas)
+
+
+def _routes(m, params, rng, p):
+    """Ids of global experts, in any order, that give the problem's rows, and some that give none."""
+    experts = len(p.rows)
+    expert_map = np.full(2 * experts, -1, np.int32)
+    names = rng.permutation(2 * experts)[:experts]
+    expert_map[names] = np.arange(experts)
+    ids = np.repeat(names, p.rows)
+    elsewhere = np.setdiff1d(np.arange(-3, 2 * experts + 3), names)
+    ids = rng.permutation(np.concatenate([ids, rng.choice(elsewhere, 7)]))
+    params.topk_ids = m.upload(ids.astype(np.int64 if p.wide else np.int32), "topk_ids")
+    params.expert_map = m.upload(expert_map, "expert_map")
+    params.routes, params.map_size, params.ids_are_64_bit = len(ids), len(expert_map), int(p.wide)
 
 
 def _halves(columns, gated, p):

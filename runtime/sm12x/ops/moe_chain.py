@@ -6,6 +6,9 @@
     fp8_down      the second GEMM, which quantises its rows on their way in; or fp8_packed
     moe_combine   the sum of each token's rows
 
+With few routes the first GEMM counts its rows from them, so that it loads weights while the routes are
+sorted; the second one loads weights while the first ends (programmatic dependent launch).
+
 All are prepared once for a number of tokens. A call writes the addresses that it brings into the parameters
 of the first and the last one; those of the others change with the workspace only.
 """
@@ -45,6 +48,9 @@ _X_AT = _Route.tokens.offset + abi.sm12x_quantize_params.x.offset
 _WEIGHT_AT = _Route.tokens.offset + abi.sm12x_quantize_params.weight.offset
 _IDS_AT = _Route.topk_ids.offset  # topk_weights behind it
 _OUT_AT = _Combine.out.offset
+_COUNTED_IDS_AT = abi.sm12x_up_params.topk_ids.offset
+# Routes that the first GEMM counts itself, at most: each of its CTAs reads them all. Assumed.
+MOST_COUNTED_ROUTES = 512
 _pack_one = struct.Struct("@N").pack_into
 _pack_two = struct.Struct("@2N").pack_into
 
@@ -67,15 +73,36 @@ class Step:
 class Chain:
     """A layer's launches for one number of tokens. Only one call may be at it at a time."""
 
-    __slots__ = ("_base", "_combine", "_device", "_routes", "_stream", "_weights_input", "needed", "steps")
+    __slots__ = (
+        "_base",
+        "_combine",
+        "_counts",
+        "_device",
+        "_routes",
+        "_stream",
+        "_up",
+        "_weights_input",
+        "needed",
+        "steps",
+    )
 
     def __init__(
-        self, device: driver.Device, steps: list[Step], routes: int, needed: int, *, weights_input: bool
+        self,
+        device: driver.Device,
+        steps: list[Step],
+        routes: int,
+        needed: int,
+        *,
+        weights_input: bool,
+        counts: bool,
     ) -> None:
+        """`routes`: steps that sort, the first ones. `weights_input`: router weights multiply the tokens.
+        `counts`: the first GEMM counts the routes."""
         self.steps, self.needed, self._device = steps, needed, device
         self._routes = [step.block.memory for step in steps[:routes]]
+        self._up = steps[routes].block.memory
         self._combine = steps[-1].block.memory
-        self._weights_input = weights_input
+        self._weights_input, self._counts = weights_input, counts
         self._base = self._stream = -1
 
     def run(self, stream: int, base: int, x: int, topk_weights: int, topk_ids: int, out: int) -> None:
@@ -88,6 +115,8 @@ class Chain:
             _pack_two(memory, _IDS_AT, topk_ids, topk_weights)
             if self._weights_input:
                 _pack_one(memory, _WEIGHT_AT, topk_weights)
+        if self._counts:
+            _pack_one(self._up, _COUNTED_IDS_AT, topk_ids)
         _pack_one(self._combine, _OUT_AT, out)
         if stream != self._stream:
             for step in self.steps:
@@ -124,6 +153,13 @@ def make_chain(
 ) -> Chain:
     """Prepare the launches of `choice`. Raises CubinError and CudaError."""
     return _Maker(device, layer, weights, call, problem, choice).chain()
+
+
+def most_partials(device: driver.Device) -> int:
+    """Bytes of split-K's partials that are enough for either GEMM, whatever kernel runs it."""
+    held = manifest.default()
+    gemms = [*held.gemms("fp8_up", "up"), *held.gemms("fp8_down", "down"), *held.gemms("fp8_packed")]
+    return max(launch.scratch_bytes(v, device.sm_count) for v in gemms if device.arch in v.targets)
 
 
 def _address(value: Array | float | None) -> int:
@@ -167,7 +203,18 @@ class _Maker:
         if self.choice.quantises_apart:
             steps.append(self._quantise())
         steps += [self._down(), self._combine()]
-        return Chain(self.device, steps, len(routes), self.at.size, weights_input=self.layer.weight_on_input)
+        return Chain(
+            self.device,
+            steps,
+            len(routes),
+            self.at.size,
+            weights_input=self.layer.weight_on_input,
+            counts=self._counts_routes(),
+        )
+
+    def _counts_routes(self) -> bool:
+        experts = self.layer.experts
+        return self.rows <= MOST_COUNTED_ROUTES and experts <= abi.SM12X_MOST_COUNTED_EXPERTS
 
     def _step(
         self,
@@ -321,6 +368,10 @@ class _Maker:
             activation=_ACTIVATIONS[how.name],
             half_stride=half,
             pair_stride=pair,
+            expert_map=_address(weights.expert_map),
+            routes=self.rows,
+            map_size=layer.global_experts,
+            ids_are_64_bit=int(self.call.routes.wide_ids),
         )
         content = bytearray(params)
         maps = self._maps_of_weights(chosen.variant, weights.w1, layer.w1)

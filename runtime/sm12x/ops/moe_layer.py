@@ -17,14 +17,14 @@ class FusedMoE:
 
     The constructor takes what `fused_moe` takes but x, topk_weights, topk_ids, out, workspace and stream,
     with the same meaning; it checks them, makes the tensor maps and keeps the arrays alive. A call checks
-    what it brings and launches: four or five kernels (six or seven for more than 8,192 routes), one after the
-    other, nothing else.
+    what it brings and launches: four or five kernels (one more for over 8,192 routes), one after the other,
+    nothing else.
 
-    With `out` given, a call allocates nothing once another of its number of tokens has run on its stream:
-    without `workspace=` it uses memory of the library's own, one block for each stream, shared by all layers.
-    Calls can be captured in CUDA graphs; run one of the same shapes on that stream before, because the first
-    loads kernels and finds its memory. Keep the object while a graph of it may run. Calls on different
-    threads or streams do not disturb each other.
+    With `out` given, a call allocates nothing once this thread has made one as large on its stream: without
+    `workspace=` it uses memory of the library's own, one block for each thread and stream, shared by all
+    layers. Calls can be captured in CUDA graphs; make one of the same shapes before, because the first loads
+    kernels, and give a `workspace` if the graph is not to allocate. Keep the object while a graph of it may
+    run. Calls on different threads or streams do not disturb each other.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class FusedMoE:
         return run_layer(self._plan, given, out, handle, device, self._inputs)
 
     def workspace_size(self, tokens: int, top_k: int, dtype: Any = "bfloat16") -> int:
-        """Bytes of `workspace=` that a call needs, of `tokens` tokens of `dtype` with `top_k` routes each. 0
-        where no device runs the layer. A workspace's first byte used is at a multiple of 256: arrays of every
-        framework begin there; for a slice that does not, add 256.
+        """Bytes of `workspace=` that are enough for calls of up to `tokens` tokens of `dtype` with `top_k`
+        routes each. 0 where no device runs the layer. A workspace's first byte used is at a multiple of 256:
+        arrays of every framework begin there; for a slice that does not, add 256.
 
         Raises ValueError and TypeError naming the argument.
         """

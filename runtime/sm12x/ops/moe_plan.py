@@ -6,19 +6,20 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import driver, manifest
+from .. import driver
 from ..arrays import Array
 from ..driver import EMULATED
 from ..select.layer import LayerProblem, select_layer
 from . import launch, moe_validate, validate
 from .memory import check_alignment, check_overlap, check_present, check_workspace, workspace_base
-from .moe_chain import Chain, make_chain
+from .moe_chain import Chain, make_chain, most_partials
 from .moe_validate import Call, CallArrays, Layer, LayerArrays, LayerOptions
+from .moe_workspace import lay_out
 from .row_layout import whole
 from .scratch import block_of
 from .validate import Matrix
 
-MOST_CHAINS = 1024  # numbers of tokens, and the like, that a layer keeps launches for
+MOST_CALLS = 256  # numbers of tokens, and the like, that a layer keeps launches for
 
 
 @dataclass(slots=True)
@@ -72,7 +73,7 @@ class LayerPlan:
             span_x=call.x.span,
             span_out=call.out.span,
         )
-        if len(self._calls) >= MOST_CHAINS:
+        if len(self._calls) >= MOST_CALLS:
             self._calls.clear()
         self._calls[key] = plan
         return plan
@@ -82,6 +83,7 @@ class LayerPlan:
         self._check(plan, given, out)
         if not plan.call.routes.tokens:
             return
+        driver.get_device(self.device.ordinal)  # in a forked process it says that this cannot work
         x, weights, ids = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr
         with driver.current(self.device):
             try:
@@ -104,16 +106,14 @@ class LayerPlan:
             finally:
                 plan.chains.append(chain)
 
-    def workspace_size(self, tokens: int, top_k: int, dtype: str, *, wide_ids: bool = False) -> int:
-        """Bytes of workspace that a call of so many tokens needs."""
-        routes = moe_validate.Routes(
-            tokens, top_k, self.layer.experts, self.layer.global_experts, wide_ids, True
-        )
-        rows = Matrix(tokens, self.layer.hidden, self.layer.hidden, validate.itemsize(dtype))
+    def workspace_size(self, tokens: int, top_k: int, dtype: str) -> int:
+        """Bytes of workspace that are enough for calls of up to so many tokens, whatever kernels run."""
+        layer = self.layer
+        routes = moe_validate.Routes(tokens, top_k, layer.experts, layer.global_experts, True, True)
+        rows = Matrix(tokens, layer.hidden, layer.hidden, validate.itemsize(dtype))
+        partials = most_partials(self.device)
         call = Call(dtype, routes, rows, rows, None)
-        plan = CallPlan(call, self._problem(call), self.device, 0, 0, 0)
-        with driver.current(self.device):
-            return self._chain(plan).needed if tokens else 0
+        return lay_out(layer, call, quantises_apart=layer.a2_scale_mode is None, partials=partials).size
 
     def _problem(self, call: Call) -> LayerProblem:
         layer, rows = self.layer, call.routes.most_rows
@@ -134,7 +134,7 @@ class LayerPlan:
         )
 
     def _chain(self, plan: CallPlan) -> Chain:
-        choice, lists = select_layer(plan.problem, manifest.default(), self.device.sm_count)
+        choice, lists = select_layer(plan.problem, self.device.sm_count)
         if launch.LOG_SELECT:
             print("\n".join(lists), file=sys.stderr)
             apart = "a launch of their own" if choice.quantises_apart else "no launch of their own"

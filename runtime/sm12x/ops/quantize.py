@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .. import abi, driver
@@ -123,6 +124,10 @@ def _check_addresses(call: Quantisation, x: Array, q: Array, scale: Any, written
         ]
     )
     check_overlap("out", q.ptr, call.q, (("x", x.ptr, call.x),))
+    if written is not None:
+        values = math.prod(written.shape)
+        others = (("x", x.ptr, call.x), ("out", q.ptr, call.q))
+        check_overlap("out_scale", written.ptr, validate.Matrix(1, values, values, 4), others)
 
 
 def _launch(

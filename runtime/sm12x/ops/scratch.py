@@ -1,8 +1,9 @@
-"""Device memory that expert layers without a workspace of the caller's use: one block for each stream.
+"""Device memory that expert layers without a workspace of the caller's use: one block for each thread and
+stream.
 
-Layers on one stream follow each other, so they share a block. It grows where a call needs more, to twice what
-it was at least, and is never given back, because a captured graph may hold its address: together at most
-twice what the largest call needed.
+Layers that one thread calls on one stream follow each other, so they share a block. No other thread uses it:
+its launches could come in between. It grows where a call needs more, and what it was is never given back,
+because work that is still queued may use it.
 """
 
 from __future__ import annotations
@@ -11,24 +12,21 @@ import threading
 
 from .. import driver
 
-_lock = threading.Lock()
-_blocks: dict[tuple[int, int], tuple[int, int]] = {}
+_GROWTH = 1 << 21  # bytes: blocks are multiples of it, so that calls of a few tokens more fit
+_blocks: dict[tuple[int, int, int], tuple[int, int]] = {}
 driver.clear_after_fork(_blocks)
 
 
 def block_of(device: driver.Device, stream: int, size: int) -> int:
-    """Address of at least `size` bytes for calls on `stream`; 0 where they would have to be allocated while
-    the stream is being captured, which a graph cannot hold. The device's context is current. Raises
-    CudaError."""
-    found = _blocks.get((device.ordinal, stream))
-    if found is not None and found[1] >= size:
-        return found[0]
+    """Address of at least `size` bytes for calls of this thread on `stream`; 0 while the stream is being
+    captured: a graph may run on any stream, beside others. The device's context is current. Raises CudaError.
+    """
     if driver.stream_is_capturing(device, stream):
         return 0
-    with _lock:
-        address, held = _blocks.get((device.ordinal, stream), (0, 0))
-        if held < size:
-            held = max(size, 2 * held)
-            address = int(device.driver.call("cuMemAlloc", held))
-            _blocks[device.ordinal, stream] = address, held
-        return address
+    key = (device.ordinal, stream, threading.get_ident())
+    address, held = _blocks.get(key, (0, 0))
+    if held < size:
+        held = -(-size // _GROWTH) * _GROWTH
+        address = driver.allocate(device, held)
+        _blocks[key] = address, held
+    return address

@@ -5,15 +5,18 @@ way in or by a launch of their own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from ..manifest import Manifest
+from .. import manifest
 from .model import Choice
-from .problem import Problem
-from .ranking import describe, select
+from .problem import Problem, takes_runs
+from .ranking import can_count, describe, select
 from .rates import RATES, dram
 
 FP8 = "float8_e4m3fn"
+# The factor by which quantising rows apart must be faster to be worth a launch more: host time, and a gap.
+APART_GAINS = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,23 +93,46 @@ def quantising_us(problem: LayerProblem, sms: int) -> float:
     return RATES[problem.arch].next_launch + 3.0 * values / dram(problem.arch, sms) / 1e3
 
 
-def select_layer(problem: LayerProblem, manifest: Manifest, sms: int) -> tuple[LayerChoice, list[str]]:
+def select_layer(problem: LayerProblem, sms: int) -> tuple[LayerChoice, list[str]]:
     """The kernels of a layer on a device of `sms` SMs, and the ranked lists that they come from, as text.
 
+    Layers with nearly as many rows get the same: calls of every length would else each be ranked anew.
     Raises ValueError where no kernel fits, KeyError for an architecture without rates.
     """
-    rows = problem.expected_rows
+    return _select(
+        replace(problem, rows=_rounded(problem.rows), expected_rows=_rounded(problem.expected_rows)), sms
+    )
+
+
+def _rounded(rows: int) -> int:
+    # Up, to four significant bits from 256 rows on.
+    step = 1 << max(0, rows.bit_length() - 4)
+    return rows if rows < 256 else -(-rows // step) * step
+
+
+@lru_cache(maxsize=1024)
+def _select(problem: LayerProblem, sms: int) -> tuple[LayerChoice, list[str]]:
+    held = manifest.default()
     lists = []
 
-    def ranked(gemm: Problem) -> list[Choice]:
-        variants = manifest.gemms("fp8_packed" if gemm.role == "gemm" else None, gemm.role)
-        choices = select(gemm, variants, sms)
-        lists.append(describe(gemm, choices))
+    def ranked(expected: Problem, whole: Problem) -> list[Choice]:
+        variants = held.gemms("fp8_packed" if expected.role == "gemm" else None, expected.role)
+        choices = [
+            choice
+            for choice in select(expected, variants, sms)
+            if not counts_units(choice) or can_count(whole, choice.variant, choice.least_units, sms)
+        ]
+        lists.append(describe(expected, choices))
         return choices
 
-    ups = ranked(problem.up(rows))
-    plain = ranked(problem.down(rows, quantises=False))
-    quantising = [] if problem.static else ranked(problem.down(rows, quantises=True))
+    rows, most = problem.expected_rows, problem.rows
+    ups = ranked(problem.up(rows), problem.up(most))
+    plain, quantising = (
+        ranked(problem.down(rows, quantises=quantises), problem.down(most, quantises=quantises))
+        if not (quantises and problem.static)
+        else []
+        for quantises in (False, True)
+    )
     if not ups or not (plain or quantising):
         raise ValueError(
             f"x: no kernel of an expert layer for {problem.dtype} on {problem.arch}"
@@ -115,12 +141,17 @@ def select_layer(problem: LayerProblem, manifest: Manifest, sms: int) -> tuple[L
     return LayerChoice(ups[0], *_down(problem, plain, quantising, sms)), lists
 
 
+def counts_units(choice: Choice) -> bool:
+    """Whether the kernel counts units of work in 32 bits: all but whole tiles in turns."""
+    return choice.least_units > 0 or takes_runs(choice.variant)
+
+
 def _down(
     problem: LayerProblem, plain: Sequence[Choice], quantising: Sequence[Choice], sms: int
 ) -> tuple[Choice, bool]:
     if not quantising:
         return plain[0], not problem.static
-    if plain and plain[0].us + quantising_us(problem, sms) < quantising[0].us:
+    if plain and APART_GAINS * (plain[0].us + quantising_us(problem, sms)) < quantising[0].us:
         return plain[0], True
     return quantising[0], False
 

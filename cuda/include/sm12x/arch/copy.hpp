@@ -66,10 +66,9 @@ __device__ __forceinline__ void arrive_on_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-/// 16 bytes from registers to shared memory.
-__device__ __forceinline__ void store_16_bytes(uint32_t shared, uint4 const& value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
+/// 8 bytes from registers to shared memory.
+__device__ __forceinline__ void store_8_bytes(uint32_t shared, uint2 const& value) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(value.x), "r"(value.y)
                : "memory");
 }
 

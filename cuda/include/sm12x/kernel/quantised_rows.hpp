@@ -2,8 +2,8 @@
 /// divided by the row's scale, e4m3 into the same swizzled layout that TMA would write.
 ///
 /// For few rows a CTA reads them once for each of its tiles of weights, out of L2, and a kernel of its own for
-/// them would take longer to start than that takes. What is in flight for the next k-tile hides behind
-/// waiting for room for this one.
+/// them would take longer to start than that takes. The rows of several k-tiles are in flight: each takes a trip
+/// to L2.
 #pragma once
 
 #include <cstdint>
@@ -36,43 +36,41 @@ class QuantisedRows {
   }
 
  private:
-  // A lane makes 16 codes of 32 bytes at a time. Lanes lie along k first.
-  static constexpr int kChunks = TileK / 16;
-  static constexpr int kRowsAtOnce = 32 / kChunks;
+  // A lane makes 8 codes of 16 bytes at a time. Lanes lie along k first.
+  static constexpr int kLanes = TileK / 8;
+  static constexpr int kRowsAtOnce = 32 / kLanes;
   static constexpr int kPasses = Tokens / kRowsAtOnce / Warps;
   static_assert(kPasses * kRowsAtOnce * Warps == Tokens);
-
-  struct Values {
-    uint4 first;
-    uint4 second;
-  };
+  // K-tiles whose rows are in flight: as many as the producers' registers hold.
+  static constexpr int kDepth = kPasses <= 2 ? 4 : kPasses <= 4 ? 2 : 1;
 
   // Rows of a pass lie together, the passes of a warp behind each other.
   __device__ int row_of(int pass) const {
-    return (warp_ * kPasses + pass) * kRowsAtOnce + int(threadIdx.x) % 32 / kChunks;
+    return (warp_ * kPasses + pass) * kRowsAtOnce + int(threadIdx.x) % 32 / kLanes;
   }
 
   template <class Element, class Ring, class State, class To>
   __device__ void load_as(Ring& ring, PackedWork const& work, State& state, To const& to) const {
-    int const chunk = threadIdx.x % 32 % kChunks;
+    int const lane = threadIdx.x % kLanes;
     auto const* const maxima = reinterpret_cast<float const*>(down_.row_maxima) + work.row;
     auto const* const rows =
         reinterpret_cast<Element const*>(params_.a) + int64_t(work.row) * params_.stride_a;
-    auto const fetch = [&](int k, int pass) {
-      int const at = k * TileK + chunk * 16;
-      int const row = row_of(pass);
-      Values values = {};
-      if (row < work.rows && at < params_.k && k < work.k_end) {
-        auto const* const from = reinterpret_cast<uint4 const*>(rows + row * params_.stride_a + at);
-        values = {__ldcg(from), __ldcg(from + 1)};
+    auto const fetch = [&](int k, uint4(&values)[kPasses]) {
+      int const at = k * TileK + lane * 8;
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        int const row = row_of(pass);
+        values[pass] = {};
+        if (row < work.rows && at < params_.k && k < work.k_end) {
+          values[pass] = __ldcg(reinterpret_cast<uint4 const*>(rows + row * params_.stride_a + at));
+        }
       }
-      return values;
     };
-    Values values[kPasses];
+    uint4 values[kDepth][kPasses];
     float scale[kPasses];
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      values[pass] = fetch(work.k_begin, pass);
+    for (int ahead = 0; ahead < kDepth; ++ahead) {
+      fetch(work.k_begin + ahead, values[ahead]);
     }
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
@@ -83,26 +81,32 @@ class QuantisedRows {
       scale[pass] = epilogue::scale_of_maximum(scale[pass]);
     }
 #pragma unroll 1
-    for (int k = work.k_begin; k < work.k_end; ++k) {
-      uint4 codes[kPasses];
+    for (int first = work.k_begin; first < work.k_end; first += kDepth) {
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        epilogue::Quotient const quotient(scale[pass]);
-        uint2 const low = epilogue::quantised_chunk<Element>(values[pass].first, quotient);
-        uint2 const high = epilogue::quantised_chunk<Element>(values[pass].second, quotient);
-        codes[pass] = {low.x, low.y, high.x, high.y};
-        values[pass] = fetch(k + 1, pass);
-      }
-      ring.wait_empty(state);
+      for (int i = 0; i < kDepth; ++i) {
+        int const k = first + i;
+        if (k >= work.k_end) {
+          break;
+        }
+        uint2 codes[kPasses];
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        arch::store_16_bytes(to(state) + Tile::swizzled(row_of(pass), chunk), codes[pass]);
+        for (int pass = 0; pass < kPasses; ++pass) {
+          codes[pass] =
+              epilogue::quantised_chunk<Element>(values[i][pass], epilogue::Quotient(scale[pass]));
+        }
+        fetch(k + kDepth, values[i]);
+        ring.wait_empty(state);
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+          arch::store_8_bytes(to(state) + Tile::swizzled(row_of(pass), lane / 2) + lane % 2 * 8,
+                              codes[pass]);
+        }
+        __syncwarp();
+        if (cute::elect_one_sync()) {
+          ring.arrive_full(state);
+        }
+        ring.advance(state);
       }
-      __syncwarp();
-      if (cute::elect_one_sync()) {
-        ring.arrive_full(state);
-      }
-      ring.advance(state);
     }
   }
 

@@ -74,21 +74,43 @@ class Router {
  private:
   static constexpr uint32_t kAllLanes = 0xffffffffu;
 
+  // Rounds of 32 routes whose experts are asked for together: each takes a trip to L2, or two with a map.
+  static constexpr int kAtOnce = 4;
+
+  __device__ void load_experts(int at, int end, int (&experts)[kAtOnce]) const {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      int const route = at + 32 * i + lane_;
+      experts[i] = route < end ? expert_of(params_, route, params_.num_experts) : -1;
+    }
+  }
+
   // Calls visit(route, expert, how many of the warp's 32 routes in front have the same one, how many of all
-  // have it) for this warp's routes, in order; expert -1 has no row.
-  template <class Visit>
-  __device__ void for_each_route(Visit const& visit) const {
+  // have it) for this warp's routes, in order; expert -1 has no row. Before the first of every few rounds
+  // prepare(their first route, behind their last).
+  template <class Prepare, class Visit>
+  __device__ void for_each_route(Prepare const& prepare, Visit const& visit) {
     if (warp_ >= warps_) {
       return;
     }
     int const begin = first_ + warp_ * part_;
     int const end = min(begin + part_, end_);
-    for (int at = begin; at < end; at += 32) {
-      int const route = at + lane_;
-      int const expert = route < end ? expert_of(params_, route, params_.num_experts) : -1;
-      uint32_t const peers = __match_any_sync(kAllLanes, expert);
-      visit(route < end ? route : -1, expert, __popc(peers & ((1u << lane_) - 1)), __popc(peers));
-      __syncwarp();
+    for (int at = begin; at < end; at += 32 * kAtOnce) {
+      if (at != held_at_) {
+        load_experts(at, end, held_);
+        held_at_ = at;
+      }
+      prepare(at, end);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (at + 32 * i < end) {
+          int const route = at + 32 * i + lane_;
+          uint32_t const peers = __match_any_sync(kAllLanes, held_[i]);
+          visit(i, route < end ? route : -1, held_[i], __popc(peers & ((1u << lane_) - 1)),
+                __popc(peers));
+          __syncwarp();
+        }
+      }
     }
   }
 
@@ -102,11 +124,12 @@ class Router {
     }
     __syncthreads();
     uint32_t* const counters = counters_of_warp(warp_ < warps_ ? warp_ : 0);
-    for_each_route([&](int, int expert, int in_front, int all) {
-      if (expert >= 0 && in_front == 0) {
-        counters[expert] += all;
-      }
-    });
+    for_each_route([](int, int) {},
+                   [&](int, int, int expert, int in_front, int all) {
+                     if (expert >= 0 && in_front == 0) {
+                       counters[expert] += all;
+                     }
+                   });
   }
 
   __device__ void write_counts() const {
@@ -190,7 +213,15 @@ class Router {
     auto* const row_weight = reinterpret_cast<float*>(params_.row_weight);
     auto const* const weights = reinterpret_cast<float const*>(params_.topk_weights);
     uint32_t* const starts = counters_of_warp(warp_ < warps_ ? warp_ : 0);
-    for_each_route([&](int route, int expert, int in_front, int all) {
+    float weight[kAtOnce];
+    auto const load_weights = [&](int at, int end) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        int const route = at + 32 * i + lane_;
+        weight[i] = row_weight != nullptr && route < end ? weights[route] : 0.0f;
+      }
+    };
+    for_each_route(load_weights, [&](int i, int route, int expert, int in_front, int all) {
       uint32_t const start = expert >= 0 ? starts[expert] : 0;
       __syncwarp();
       if (expert >= 0 && in_front == 0) {
@@ -204,7 +235,7 @@ class Router {
       if (row >= 0) {
         row_index[row] = route / params_.top_k;
         if (row_weight != nullptr) {
-          row_weight[row] = weights[route];
+          row_weight[row] = weight[i];
         }
       }
     });
@@ -248,6 +279,8 @@ class Router {
   int experts_;
   int warps_;  // that sort
   int part_;   // routes of a sorting warp, a multiple of 32
+  int held_at_ = -1;
+  int held_[kAtOnce];  // local experts of this lane's routes from there on
 };
 
 }  // namespace sm12x::kernel
