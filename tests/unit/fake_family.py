@@ -27,7 +27,12 @@ PACKED = [
 ]
 PACKED_OUTS = ["bfloat16", "float16", "float32"]
 # The same of an expert layer's first GEMM, with gates and without, and of the one that quantises its rows.
-UP = [PACKED[0], PACKED[1], ("64x8x128_swap", (64, 8, 128), "cooperative", True, 320, 100352, 4096, 4), PACKED[3]]
+UP = [
+    PACKED[0],
+    PACKED[1],
+    ("64x8x128_swap", (64, 8, 128), "cooperative", True, 320, 100352, 4096, 4),
+    PACKED[3],
+]
 UP_OUTS = ["bfloat16", "float16", "float8_e4m3fn"]
 DOWN = PACKED[:2]
 # (key, family, role, params, threads)

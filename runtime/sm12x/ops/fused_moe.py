@@ -150,7 +150,9 @@ def _fused_moe_on_device(
         return _emulated(x, w1, w2, topk_weights, topk_ids, layer, out, workspace, stream)
     handle, given, device = take_call_arrays(x, topk_weights, topk_ids, out, workspace, stream)
     arrays, options = take_layer_arrays(w1, w2, layer, handle)
-    key = (tuple(each[:6] if isinstance(each, Array) else each for each in arrays), options)
+    # With the options' types: True is 1, but only one of them is a flag.
+    kinds = tuple(map(type, options))
+    key = (tuple(each[:6] if isinstance(each, Array) else each for each in arrays), options, kinds)
     try:
         plan = _plans.get(key)
     except TypeError:  # an argument that cannot be hashed: planning says which

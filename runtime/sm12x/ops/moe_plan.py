@@ -82,27 +82,38 @@ class LayerPlan:
         self._check(plan, given, out)
         if not plan.call.routes.tokens:
             return
-        x, weights, ids = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr
-        with driver.current(self.device):
-            try:
-                chain = plan.chains.pop()
-            except IndexError:
-                chain = self._chain(plan)
-            try:
-                if given.workspace is not None:
-                    base = self._base(plan, given, out, chain.needed)
-                    chain.run(stream, base, x, weights, ids, out.ptr)
-                    return
-                base = 0
-                if self.device.ordinal < EMULATED:  # there, memory that was never used shows what reads it
-                    base = block_of(self.device, stream, chain.needed)
-                if base:
-                    chain.run(stream, base, x, weights, ids, out.ptr)
-                    return
-                with driver.temporary(self.device, chain.needed, stream) as base:
-                    chain.run(stream, base, x, weights, ids, out.ptr)
-            finally:
-                plan.chains.append(chain)
+        driver.get_device(self.device.ordinal)  # refuses a process that was forked off the layer's
+        try:
+            chain = plan.chains.pop()
+        except IndexError:
+            chain = self._chain(plan)
+        try:
+            base = 0
+            if given.workspace is not None:
+                base = self._base(plan, given, out, chain.needed)
+            addresses = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr, out.ptr
+            if chain.context_is_current():
+                self._launch(chain, stream, base, addresses)
+            else:
+                with driver.current(self.device):
+                    self._launch(chain, stream, base, addresses)
+        finally:
+            plan.chains.append(chain)
+
+    def _launch(self, chain: Chain, stream: int, base: int, addresses: tuple[int, int, int, int]) -> None:
+        """`base` 0: in memory of our own."""
+        if base:
+            chain.run(stream, base, *addresses)
+            return
+        block = None
+        if self.device.ordinal < EMULATED:  # there, memory that was never used shows what reads it
+            block = block_of(self.device, stream, chain.needed)
+        if block is None:
+            with driver.temporary(self.device, chain.needed, stream) as base:
+                chain.run(stream, base, *addresses)
+            return
+        with block.lock:
+            chain.run(stream, block.address, *addresses)
 
     def workspace_size(self, tokens: int, top_k: int, dtype: str, *, wide_ids: bool = False) -> int:
         """Bytes of workspace that a call of so many tokens needs."""
@@ -175,7 +186,9 @@ class LayerPlan:
         if workspace is None:
             raise TypeError("workspace: expected an array, got None")
         validate.writable(workspace, "workspace")
-        base = workspace_base(workspace.ptr, plan.call.workspace_bytes or 0, needed)
+        enough = "FusedMoE.workspace_size gives how many"
+        base = workspace_base(workspace.ptr, plan.call.workspace_bytes or 0, needed, enough)
+        check_present((("workspace", workspace.ptr),))
         others = (("x", given.x.ptr, plan.call.x), ("out", out.ptr, plan.call.out), *self._matrices)
         check_workspace(base, needed, others)
         return base

@@ -1,34 +1,48 @@
 """Device memory that expert layers without a workspace of the caller's use: one block for each stream.
 
-Layers on one stream follow each other, so they share a block. It grows where a call needs more, to twice what
-it was at least, and is never given back, because a captured graph may hold its address: together at most
-twice what the largest call needed.
+Layers on one stream follow each other, so they share a block: each call holds its lock while it launches, or
+the kernels of two threads would come in turns. It grows where a call needs more, to twice what it was at
+least, and is never given back, because a captured graph may hold its address: together less than four times
+what the largest call needed.
 """
 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 
 from .. import driver
 
+PER_THREAD_STREAM = 2  # this handle names another stream in every thread
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """`size` bytes at a device address. Hold `lock` from a call's first launch to its last."""
+
+    address: int
+    size: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 _lock = threading.Lock()
-_blocks: dict[tuple[int, int], tuple[int, int]] = {}
+_blocks: dict[tuple[int, int], Block] = {}
 driver.clear_after_fork(_blocks)
 
 
-def block_of(device: driver.Device, stream: int, size: int) -> int:
-    """Address of at least `size` bytes for calls on `stream`; 0 where they would have to be allocated while
-    the stream is being captured, which a graph cannot hold. The device's context is current. Raises
-    CudaError."""
+def block_of(device: driver.Device, stream: int, size: int) -> Block | None:
+    """At least `size` bytes for calls on `stream`. None where they would have to be allocated while the
+    stream is being captured, which a graph cannot hold, and for the per-thread default stream, of which there
+    are many. The device's context is current. Raises CudaError."""
     found = _blocks.get((device.ordinal, stream))
-    if found is not None and found[1] >= size:
-        return found[0]
-    if driver.stream_is_capturing(device, stream):
-        return 0
+    if found is not None and found.size >= size:
+        return found
+    if stream == PER_THREAD_STREAM or driver.stream_is_capturing(device, stream):
+        return None
     with _lock:
-        address, held = _blocks.get((device.ordinal, stream), (0, 0))
-        if held < size:
-            held = max(size, 2 * held)
-            address = int(device.driver.call("cuMemAlloc", held))
-            _blocks[device.ordinal, stream] = address, held
-        return address
+        found = _blocks.get((device.ordinal, stream))
+        if found is None or found.size < size:
+            held = size if found is None else max(size, 2 * found.size)
+            found = Block(driver.allocate(device, held), held)
+            _blocks[device.ordinal, stream] = found
+        return found
