@@ -23,7 +23,8 @@ MOST_CHAINS = 1024  # numbers of tokens, and the like, that a layer keeps launch
 
 @dataclass(slots=True)
 class CallPlan:
-    """Calls of one shape. `chains`: prepared launches that no call is using; each thread takes one."""
+    """Calls of one shape. `hand_over`: an array is JAX's, for `tensors.deliver`. `chains`: prepared launches
+    that no call is using; each thread takes one."""
 
     call: Call
     problem: LayerProblem
@@ -31,6 +32,7 @@ class CallPlan:
     ids_mask: int
     span_x: int
     span_out: int
+    hand_over: bool = False
     chains: list[Chain] = field(default_factory=list)
 
 
@@ -53,7 +55,13 @@ class LayerPlan:
 
     def take(self, given: CallArrays) -> CallPlan:
         """The plan for calls like this one. Raises as `sm12x.fused_moe` says."""
-        key = tuple(None if array is None else array[1:5] for array in given)
+        # Spelled out, because this runs on every call. All that a plan depends on, and the framework.
+        x, weights, ids, out, workspace = given
+        key = (
+            *(x[1:6], weights[1:6], ids[1:6]),
+            None if out is None else out[1:6],
+            None if workspace is None else workspace[1:6],
+        )
         try:
             return self._calls[key]
         except KeyError:
@@ -71,6 +79,10 @@ class LayerPlan:
             ids_mask=7 if call.routes.wide_ids else 3,
             span_x=call.x.span,
             span_out=call.out.span,
+            hand_over=any(
+                array is not None and array.framework == "jax"
+                for _, array in (*given.named(), *self.weights.named())
+            ),
         )
         if len(self._calls) >= MOST_CHAINS:
             self._calls.clear()

@@ -1,0 +1,610 @@
+"""What a call of an expert layer launches, with which parameters, on a fake driver."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given as having
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from sm12x import abi, manifest
+from unit.fake_driver import CONTEXT, install
+from unit.fake_family import write_family
+from unit.layer_cases import INNER, STREAM, TOP, E, H, T, force, keys, make, run, tokens, weights
+from unit.test_fp8_packed import address_of, text_of
+
+UP, DOWN, PLAIN = "fp8_up_gated_64x8x128_swap", "fp8_down_128x8x128_swap", "fp8_packed_128x8x128_swap"
+MAPS = ("map_a", "map_b")
+ELEMENT = {"bfloat16": 2, "float16": 2}
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    fake = install(monkeypatch, tmp_path, layer=True)
+    fake.streams[0] = STREAM
+    return fake
+
+
+def facts(params):
+    """Every field of a struct but tensor maps, with those of the structs in it."""
+    found = {}
+    for name, *_ in params._fields_:
+        value = getattr(params, name)
+        if isinstance(value, ctypes.Structure) and name not in MAPS:
+            found.update({f"{name}.{key}": each for key, each in facts(value).items()})
+        elif name not in MAPS and not name.startswith(("_", "reserved")):
+            found[name] = value
+    return found
+
+
+def launched(fake, layer, call):
+    """The parameters of one call's launches, by what each is for."""
+    fake.launches.clear()
+    assert run(layer, call) is call["out"]
+    names = {"moe_route": "route", "moe_combine": "combine", "quantize_fp8": "quantise"}
+    found = {}
+    for each in fake.launches:
+        key = each.symbol.removeprefix("sm12x_")
+        name = names.get(key, "up" if key.startswith("fp8_up") else "down")
+        if name == "route" and each.params.phase == abi.SM12X_ROUTE_PLACE:
+            name = "place"
+        assert name not in found
+        found[name] = each
+    return found
+
+
+def gemm_of(launch):
+    return getattr(launch.params, "gemm", launch.params)
+
+
+def value(params, name):
+    return pytest.approx(getattr(params, name), rel=1e-6)
+
+
+def expected_route(given, call, parts, **more):
+    """All of sm12x_route_params; `parts`: addresses in the workspace."""
+    count, top_k = call["topk_ids"].extents
+    hidden = call["x"].extents[1]
+    static = given.get("a1_scale")
+    array = hasattr(static, "address")
+    token = {
+        "x": call["x"].address,
+        "q": parts["q1"],
+        "scale": 0 if static is not None else parts["s1"],
+        "source": static.address if array else 0,
+        "weight": call["topk_weights"].address if given.get("apply_router_weight_on_input") else 0,
+        "row_count": 0,
+        "rows": count,
+        "stride_x": call["x"].steps[0],
+        "stride_q": hidden,
+        "k": hidden,
+        "x_type": abi.OUT_TYPES[call["x"].dtype.name],
+        "mode": abi.SM12X_QUANTIZE_ROWS if static is None else abi.SM12X_QUANTIZE_STATIC,
+        "count": 0,
+        "static_scale": 1.0 if static is None or array else pytest.approx(static),
+        "padding": 0,
+    }
+    expert_map = given.get("expert_map")
+    dynamic = given.get("a2_scale") is None
+    routes = count * top_k
+    return {
+        **{f"tokens.{name}": each for name, each in token.items()},
+        "topk_ids": call["topk_ids"].address,
+        "topk_weights": call["topk_weights"].address,
+        "expert_map": 0 if expert_map is None else expert_map.address,
+        "offsets": parts["offsets"],
+        "row_index": parts["row_index"],
+        "route_row": parts["route_row"],
+        "row_weight": parts["row_weight"],
+        "row_maxima": parts["maxima"] if dynamic else 0,
+        "counts": parts["counts"],
+        "padded": 0 if dynamic else parts["h"],
+        "routes": routes,
+        "top_k": top_k,
+        "num_experts": given["w1"].extents[0],
+        "map_size": 0 if expert_map is None else expert_map.extents[0],
+        "ids_are_64_bit": int(call["topk_ids"].dtype.name == "int64"),
+        "phase": abi.SM12X_ROUTE_ALL,
+        "route_ctas": -(-routes // 8192),
+        "padded_bytes": given["w2"].extents[2],
+        "padding": more.pop("padding"),
+        **more,
+    }
+
+
+def scale_facts(scale, name, n):
+    """Fields of a scale of weights."""
+    if not hasattr(scale, "address"):
+        number = 1.0 if scale is None else pytest.approx(scale)
+        facts_ = {"": 0, "_mode": abi.SM12X_SCALE_VALUE, "_value": number}
+        stride = 0
+    else:
+        count = math.prod(scale.extents)
+        mode = abi.SM12X_SCALE_ONE if count == 1 else abi.SM12X_SCALE_GROUP
+        stride = 0
+        if len(scale.extents) > 1 and scale.extents[1] == n:
+            mode, stride = abi.SM12X_SCALE_VECTOR, scale.steps[0]
+        facts_ = {"": scale.address, "_mode": mode, "_value": 1.0}
+    return {**{name + end: each for end, each in facts_.items()}, f"stride_{name}": stride}
+
+
+def bias_facts(bias):
+    if bias is None:
+        return {"bias": 0, "bias_type": 0, "stride_bias": 0}
+    kind = abi.BIAS_TYPES[bias.dtype.name]
+    return {"bias": bias.address, "bias_type": kind, "stride_bias": bias.steps[0]}
+
+
+def rows_scale(static, dynamic):
+    """Fields of the scale of a GEMM's rows; `dynamic`: where the scales per row lie."""
+    if static is None:
+        return {"a_scale": dynamic, "a_scale_mode": abi.SM12X_SCALE_VECTOR, "a_scale_value": 1.0}
+    if hasattr(static, "address"):
+        return {"a_scale": static.address, "a_scale_mode": abi.SM12X_SCALE_ONE, "a_scale_value": 1.0}
+    number = pytest.approx(static)
+    return {"a_scale": 0, "a_scale_mode": abi.SM12X_SCALE_VALUE, "a_scale_value": number}
+
+
+def expected_gemm(given, call, which, **more):
+    """All of sm12x_packed_params but its maps; `more` has what differs between the two."""
+    weights_ = given[f"w{which}"]
+    experts, n, k = weights_.extents
+    rows = math.prod(call["topk_ids"].extents)
+    return {
+        "row_index": 0,
+        "row_weight": 0,
+        "partials": 0,
+        "counters": 0,
+        "rows": rows,
+        "a_rows": rows,
+        "stride_a": k,
+        "stride_d_group": 0,
+        "n": n,
+        "k": k,
+        "num_groups": experts,
+        "row_layout": abi.SM12X_ROWS_PACKED,
+        "bounds_are_64_bit": 0,
+        "row_index_is_64_bit": 0,
+        "least_units": 0,
+        **scale_facts(given.get(f"w{which}_scale"), "b_scale", n),
+        **bias_facts(given.get(f"bias{which}")),
+        **more,
+    }
+
+
+def expected_up(given, call, parts, **more):
+    interleaved = given.get("activation") == "swigluoai"
+    swiglu = given.get("activation", "silu").startswith("swigluoai")
+    static = given.get("a2_scale")
+    inner = given["w2"].extents[2]
+    array = hasattr(static, "address")
+    limit = given.get("limit", 7.0 if swiglu else math.inf)
+    gemm = expected_gemm(
+        given,
+        call,
+        1,
+        a=parts["q1"],
+        d=parts["h"],
+        bounds=parts["offsets"],
+        a_rows=call["x"].extents[0],
+        stride_d=inner,
+        out_type=abi.SM12X_OUT_E4M3 if static is not None else abi.OUT_TYPES[call["x"].dtype.name],
+        **rows_scale(given.get("a1_scale"), parts["s1"]),
+        **{"row_index": parts["row_index"], **more},
+    )
+    codes = {"gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu2": "RELU2"}
+    return {
+        **{f"gemm.{name}": each for name, each in gemm.items()},
+        "row_maxima": parts["maxima"] if static is None else 0,
+        "d_scale": static.address if array else 0,
+        "d_scale_value": 1.0 if static is None or array else pytest.approx(static),
+        "alpha": pytest.approx(given.get("alpha", 1.702)) if swiglu else 1.0,
+        "beta": pytest.approx(given.get("beta", 1.0)) if swiglu else 0.0,
+        "limit": pytest.approx(limit),
+        "activation": getattr(abi, f"SM12X_ACTIVATION_{codes.get(given.get('activation'), 'SILU')}"),
+        "half_stride": 1 if interleaved else inner,
+        "pair_stride": 2 if interleaved else 1,
+    }
+
+
+def expected_down(given, call, parts, quantises, **more):
+    static = given.get("a2_scale")
+    scale = {"a_scale": 0, "a_scale_mode": 0, "a_scale_value": 0.0}  # it makes the scales itself
+    if not quantises:
+        scale = rows_scale(static, parts["s2"])
+    gemm = expected_gemm(
+        given,
+        call,
+        2,
+        a=parts["h"] if quantises or static is not None else parts["q2"],
+        d=parts["y"],
+        bounds=parts["offsets"],
+        stride_d=call["x"].extents[1],
+        out_type=abi.OUT_TYPES[call["x"].dtype.name],
+        **scale,
+        **{"row_weight": 0 if given.get("apply_router_weight_on_input") else parts["row_weight"], **more},
+    )
+    if not quantises:
+        return gemm
+    more = {"row_maxima": parts["maxima"], "a_type": abi.OUT_TYPES[call["x"].dtype.name]}
+    return {**{f"gemm.{name}": each for name, each in gemm.items()}, **more}
+
+
+def expected_quantise(given, call, parts, padding):
+    inner, rows = given["w2"].extents[2], math.prod(call["topk_ids"].extents)
+    return {
+        "x": parts["h"],
+        "q": parts["q2"],
+        "scale": parts["s2"],
+        "source": parts["maxima"],
+        "weight": 0,
+        "row_count": parts["offsets"] + 4 * given["w1"].extents[0],
+        "rows": rows,
+        "stride_x": inner,
+        "stride_q": inner,
+        "k": inner,
+        "x_type": abi.OUT_TYPES[call["x"].dtype.name],
+        "mode": abi.SM12X_QUANTIZE_MAXIMA,
+        "count": 0,
+        "static_scale": 0.0,
+        "padding": padding,
+    }
+
+
+def expected_combine(call, parts):
+    count, top_k = call["topk_ids"].extents
+    hidden = call["x"].extents[1]
+    return {
+        "rows": parts["y"],
+        "out": call["out"].address,
+        "route_row": parts["route_row"],
+        "stride_rows": hidden,
+        "stride_out": call["out"].steps[0] if count > 1 else hidden,
+        "tokens": count,
+        "top_k": top_k,
+        "n": hidden,
+        "type": abi.OUT_TYPES[call["x"].dtype.name],
+    }
+
+
+def parts_of(found):
+    """Where the parts of the workspace are, each as the launch has it that writes it."""
+    route, up, down = found["route"].params, found["up"].params, found["down"]
+    parts = {
+        "q1": route.tokens.q,
+        "s1": route.tokens.scale,
+        "h": up.gemm.d,
+        "y": gemm_of(down).d,
+        "maxima": route.row_maxima,
+        "q2": 0,
+        "s2": 0,
+        **{name: getattr(route, name) for name in ("offsets", "row_index", "route_row", "row_weight")},
+        "counts": route.counts,
+        "partials": max(up.gemm.partials, gemm_of(down).partials),
+    }
+    if "quantise" in found:
+        parts |= {"q2": found["quantise"].params.q, "s2": found["quantise"].params.scale}
+    return parts
+
+
+def sizes_of(given, call, found):
+    """Bytes of those parts, which the launches write and read."""
+    count, top_k = call["topk_ids"].extents
+    experts, hidden, inner = given["w2"].extents
+    rows, element = count * top_k, ELEMENT[call["x"].dtype.name]
+    ctas = -(-rows // 8192)
+    kept = manifest.default().variants
+    partials = [
+        each.grid[0] * kept[each.symbol.removeprefix("sm12x_")].workspace_per_cta
+        for each in (found["up"], found["down"])
+        if gemm_of(each).partials
+    ]
+    return {
+        "q1": count * hidden,
+        "s1": 4 * count if given.get("a1_scale") is None else 0,
+        "h": rows * inner * (element if given.get("a2_scale") is None else 1),
+        "y": rows * hidden * element,
+        "maxima": 4 * rows if given.get("a2_scale") is None else 0,
+        "offsets": 4 * (experts + 1),
+        "row_index": 4 * rows,
+        "route_row": 4 * rows,
+        "row_weight": 4 * rows,
+        "counts": 4 * ctas * experts if ctas > 1 else 0,
+        "q2": rows * inner if "quantise" in found else 0,
+        "s2": 4 * rows if "quantise" in found else 0,
+        "partials": max(partials, default=0),
+    }
+
+
+def check_workspace(given, call, found, base, size):
+    """Every part lies inside, aligned, and none on another."""
+    parts, taken = parts_of(found), []
+    for name, length in sizes_of(given, call, found).items():
+        if not length:
+            continue
+        address = parts[name]
+        assert address % 256 == 0, name
+        assert base <= address, name
+        assert address + length <= base + size, name
+        taken.append((address, address + length, name))
+    taken.sort()
+    for (_, end, name), (start, _, other) in pairwise(taken):
+        assert end <= start, f"{name} reaches into {other}"
+
+
+def check_call(fake, given, call, quantises=True, padding=8, layer=None, up=None, down=None):
+    """One call: every field of every launch."""
+    layer = layer or make(given)
+    found = launched(fake, layer, call)
+    parts = parts_of(found)
+    assert facts(found["route"].params) == expected_route(given, call, parts, padding=padding)
+    assert facts(found["up"].params) == expected_up(given, call, parts, **(up or {}))
+    assert facts(found["down"].params) == expected_down(given, call, parts, quantises, **(down or {}))
+    assert facts(found["combine"].params) == expected_combine(call, parts)
+    apart = not quantises and given.get("a2_scale") is None
+    assert ("quantise" in found) == apart
+    if apart:
+        assert facts(found["quantise"].params) == expected_quantise(given, call, parts, padding)
+    (base,) = fake.kept if len(fake.kept) == 1 else (min(fake.kept),)
+    check_workspace(given, call, found, base, fake.kept[base])
+    return found
+
+
+def test_few_rows_are_four_launches_one_behind_the_other(fake):
+    given, call = weights(fake), tokens(fake)
+    found = check_call(fake, given, call)
+    assert keys(fake) == ["moe_route", UP, DOWN, "moe_combine"]
+    strips = 2 * INNER // 16
+    grids = [(1 + T, 1, 1), (min(170, (E + T * TOP // 8) * strips), 1, 1), (170, 1, 1), (T, 1, 1)]
+    grids[2] = (min(170, (E + T * TOP // 8) * H // 8), 1, 1)
+    assert [each.grid for each in fake.launches] == grids
+    variants = [manifest.default().variants[key] for key in keys(fake)]
+    for each, variant in zip(fake.launches, variants, strict=True):
+        assert (each.stream, each.context) == (STREAM, CONTEXT)
+        assert each.programmatic, each.symbol
+        assert each.block == (variant.threads, 1, 1)
+        assert each.shared_memory == variant.shared_memory
+    assert bytes(gemm_of(found["down"]).map_a) == bytes(128), "rows are gathered or quantised: no map"
+    assert bytes(gemm_of(found["up"]).map_a) == bytes(128)
+    assert fake.context == 0
+    assert fake.allocated == {}
+
+
+def test_the_tensor_maps_of_the_weights(fake):
+    given, call = weights(fake), tokens(fake)
+    found = launched(fake, make(given), call)
+    row = H  # bytes
+    # Eight gates, the eight ups that belong to them, and so on; boxes of twice as many features each.
+    shape = [H, 8, 2, INNER // 8, E]
+    strides = [row, INNER * row, 8 * row, 2 * INNER * row]
+    maps = found["up"].params.gemm.map_b
+    for each, features in zip(maps, (16, 32, 64), strict=False):
+        assert text_of(each) == f"0 5 {shape} {strides} [128, 8, 2, {features // 16}, 1] 3 2"
+        assert address_of(each) == given["w1"].address
+    assert all(bytes(each) == bytes(128) for each in maps[3:])
+    maps = found["down"].params.gemm.map_b
+    for each, features in zip(maps, (8, 16, 32, 64, 128), strict=False):
+        assert text_of(each) == f"0 3 [{INNER}, {H}, {E}] [{INNER}, {H * INNER}] [128, {features}, 1] 3 2"
+        assert address_of(each) == given["w2"].address
+    assert bytes(maps[5]) == bytes(128)
+
+
+def test_the_tensor_map_of_interleaved_weights_with_gaps(fake):
+    w1 = fake.tensor((E, 2 * INNER, H), "float8_e4m3fn", strides=(20_000, H + 16, 1))
+    given = weights(fake, w1=w1, activation="swigluoai")
+    found = check_call(fake, given, tokens(fake))
+    row = H + 16
+    for each in found["up"].params.gemm.map_b[:3]:
+        text = text_of(each)
+        assert text.startswith(f"0 5 {[H, 8, 2, INNER // 8, E]} {[2 * row, row, 16 * row, 20_000]} ")
+    w2 = fake.tensor((E, H, INNER), "float8_e4m3fn", strides=(9_600, INNER + 32, 1))
+    found = check_call(fake, {**given, "w2": w2}, tokens(fake))
+    for each in found["down"].params.gemm.map_b[:5]:
+        assert text_of(each).startswith(f"0 3 {[INNER, H, E]} {[INNER + 32, 9_600]} ")
+
+
+def test_without_gates(fake):
+    given = weights(fake, gated=False, activation="relu2")
+    found = check_call(fake, given, tokens(fake))
+    assert keys(fake)[1] == UP.replace("_gated", "")
+    for each, features in zip(found["up"].params.gemm.map_b, (8, 16, 32, 64), strict=False):
+        assert text_of(each) == f"0 3 {[H, INNER, E]} {[H, INNER * H]} [128, {features}, 1] 3 2"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": "gelu"},
+        {"activation": "gelu_tanh"},
+        {"activation": "silu", "limit": 3.5},
+        {"activation": "swigluoai"},
+        {"activation": "swigluoai", "alpha": 1.25, "beta": 0.5, "limit": 2.5},
+        {"activation": "swigluoai_uninterleave", "alpha": 2.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_activation(fake, options, dtype):
+    check_call(fake, weights(fake, **options), tokens(fake, dtype=dtype))
+
+
+@pytest.mark.parametrize("static", ["number", "array"])
+@pytest.mark.parametrize("which", ["a1_scale", "a2_scale", "both"])
+def test_static_scales(fake, static, which):
+    names = ("a1_scale", "a2_scale") if which == "both" else (which,)
+    scales = {
+        name: 0.25 * (i + 1) if static == "number" else fake.tensor((1,), "float32")
+        for i, name in enumerate(names)
+    }
+    given, call = weights(fake, **scales), tokens(fake)
+    quantises = "a2_scale" not in scales
+    found = check_call(fake, given, call, quantises)
+    assert keys(fake) == ["moe_route", UP, DOWN if quantises else PLAIN, "moe_combine"]
+    if not quantises:  # TMA brings the rows, which the first GEMM has quantised
+        p = found["down"].params
+        assert address_of(p.map_a) == p.a == found["up"].params.gemm.d
+        rows = T * TOP
+        assert text_of(p.map_a) == f"0 3 {[INNER, rows, 1]} {[INNER, INNER]} [128, 8, 1] 3 2"
+
+
+def test_rows_quantised_apart_are_five_launches(fake, monkeypatch):
+    force(monkeypatch, down="fp8_packed_128x16x64_swap")
+    given, call = weights(fake), tokens(fake)
+    found = check_call(fake, given, call, quantises=False, padding=16)
+    assert keys(fake) == ["moe_route", UP, "quantize_fp8", "fp8_packed_128x16x64_swap", "moe_combine"]
+    assert found["quantise"].grid == (T * TOP, 1, 1)
+    assert found["quantise"].programmatic
+    p = found["down"].params
+    assert address_of(p.map_a) == p.a == found["quantise"].params.q
+    assert text_of(p.map_a) == f"0 3 {[INNER, T * TOP, 1]} {[INNER, INNER]} [64, 16, 1] 2 2"
+
+
+def test_the_attribute_of_programmatic_launch_is_the_manifests(fake, monkeypatch):
+    force(monkeypatch, down="fp8_packed_128x32x128_swap")  # made without
+    found = launched(fake, make(weights(fake)), tokens(fake))
+    assert {name: each.programmatic for name, each in found.items()} == {
+        **dict.fromkeys(found, True),
+        "down": False,
+    }
+
+
+@pytest.mark.parametrize(("top_k", "ctas"), [(8, 1), (9, 2), (16, 2), (17, 3)])
+def test_many_routes_are_counted_by_one_launch_and_placed_by_another(fake, top_k, ctas):
+    count = 1024
+    given, call = weights(fake), tokens(fake, count, top_k)
+    found = launched(fake, make(given), call)
+    route = found["route"]
+    assert route.grid == (ctas + count, 1, 1)
+    variant = manifest.default().variants[keys(fake)[-2]]
+    parts = parts_of(found)
+    phase = abi.SM12X_ROUTE_ALL if ctas == 1 else abi.SM12X_ROUTE_COUNT
+    expected = expected_route(given, call, parts, padding=variant.token_tile, phase=phase)
+    assert facts(route.params) == expected
+    assert ("place" in found) == (ctas > 1)
+    if ctas > 1:
+        assert keys(fake)[:2] == ["moe_route"] * 2
+        assert found["place"].grid == (ctas, 1, 1)
+        assert facts(found["place"].params) == {**expected, "phase": abi.SM12X_ROUTE_PLACE}
+    (base,) = fake.kept
+    check_workspace(given, call, found, base, fake.kept[base])
+
+
+@pytest.mark.parametrize("shape", [(1,), (E,), (E, 1), (E, "n"), (E, "n", 1)])
+def test_scales_of_the_weights(fake, shape):
+    def scale(n):
+        return fake.tensor([n if each == "n" else each for each in shape], "float32")
+
+    check_call(fake, weights(fake, w1_scale=scale(2 * INNER), w2_scale=scale(H)), tokens(fake))
+    check_call(fake, weights(fake, w1_scale=0.5, w2_scale=scale(H)), tokens(fake))
+
+
+def test_scales_of_the_weights_with_gaps(fake):
+    wide = fake.tensor((E, 2 * INNER), "float32", strides=(1000, 1))
+    found = check_call(fake, weights(fake, w1_scale=wide, w2_scale=2.0), tokens(fake))
+    assert found["up"].params.gemm.stride_b_scale == 1000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_biases(fake, dtype):
+    bias1 = fake.tensor((E, 2 * INNER), dtype, strides=(128, 1))
+    given = weights(fake, bias1=bias1, bias2=fake.tensor((E, H), dtype))
+    check_call(fake, given, tokens(fake))
+
+
+@pytest.mark.parametrize("ids", ["int32", "int64"])
+def test_experts_elsewhere(fake, ids):
+    given = weights(fake, expert_map=fake.tensor((4 * E,), "int32"))
+    check_call(fake, given, tokens(fake, ids=ids))
+
+
+@pytest.mark.parametrize("options", [{}, {"a2_scale": 0.5}, {"a1_scale": 0.5}])
+def test_router_weights_on_the_input_do_not_come_again_behind_it(fake, options):
+    given = weights(fake, apply_router_weight_on_input=True, **options)
+    call = tokens(fake, top_k=1)
+    check_call(fake, given, call, quantises="a2_scale" not in options)
+
+
+def test_rows_of_x_and_out_with_gaps(fake):
+    x = fake.tensor((T, H), "bfloat16", strides=(H + 8, 1))
+    out = fake.tensor((T, H), "bfloat16", strides=(3 * H, 1))
+    check_call(fake, weights(fake), tokens(fake, x=x, out=out))
+
+
+def test_a_wide_hidden_size_is_summed_by_several_ctas(fake):
+    hidden = 2064  # one CTA has 128 threads of 8 values
+    given, call = weights(fake, hidden=hidden), tokens(fake, hidden=hidden)
+    found = launched(fake, make(given), call)
+    assert found["combine"].grid == (T, 3, 1)
+
+
+def test_split_k_has_counters_and_room_for_its_parts(fake, monkeypatch):
+    force(monkeypatch, up=UP, down=DOWN, up_units=1, down_units=2)
+    hidden, inner = 512, 1024
+    given = weights(fake, hidden=hidden, inner=inner)
+    call = tokens(fake, hidden=hidden)
+    found = launched(fake, make(given), call)
+    up, down = gemm_of(found["up"]), gemm_of(found["down"])
+    assert (up.least_units, down.least_units) == (1, 2)
+    assert up.partials == down.partials != 0
+    base, counters = fake.kept
+    assert (up.counters, down.counters) == (counters, counters)
+    assert ("memset", counters, 0, fake.kept[counters]) in fake.log
+    check_workspace(given, call, found, base, fake.kept[base])
+    # Only where K is split.
+    force(monkeypatch, up=UP, down=DOWN, down_units=2)
+    found = launched(fake, make(given), call)
+    up, down = gemm_of(found["up"]), gemm_of(found["down"])
+    assert (up.partials, up.counters) == (0, 0)
+    assert (down.partials != 0, down.counters) == (True, counters)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cubins")
+    write_family(root, layer=True)
+    return root
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "experts": st.integers(1, 64),
+        "hidden": st.integers(1, 40).map(lambda n: 16 * n),
+        "inner": st.integers(1, 40).map(lambda n: 16 * n),
+        "count": st.integers(1, 3000),
+        "top_k": st.integers(1, 9),
+        "dtype": st.sampled_from(["bfloat16", "float16"]),
+        "gated": st.booleans(),
+        "a1_scale": st.sampled_from([None, 0.5]),
+        "a2_scale": st.sampled_from([None, 0.5]),
+        "units": st.integers(0, 3),
+        "down": st.sampled_from([None, DOWN, "fp8_packed_128x128x128_coop"]),
+    }
+)
+
+
+@having(shapes)
+@settings(max_examples=30, deadline=None)
+def test_no_part_of_the_workspace_lies_on_another(root, shape):
+    count, top_k, hidden = shape["count"], shape["top_k"], shape["hidden"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fake = install(monkeypatch, root, layer=True)
+        down = None if shape["a2_scale"] is not None else shape["down"]
+        if down or shape["units"]:
+            force(monkeypatch, down=down, up_units=shape["units"], down_units=shape["units"] // 2)
+        options = {name: shape[name] for name in ("gated", "a1_scale", "a2_scale")}
+        given = weights(fake, shape["experts"], hidden, shape["inner"], **options)
+        call = tokens(fake, count, top_k, hidden, shape["dtype"])
+        layer = make(given)
+        needed = layer.workspace_size(count, top_k, shape["dtype"])
+        workspace = call["workspace"] = fake.tensor((needed + 256,), "uint8", offset=16)
+        found = launched(fake, layer, call)
+        base = -(-workspace.address // 256) * 256
+        check_workspace(given, call, found, base, needed)
+        sizes, parts = sizes_of(given, call, found), parts_of(found)
+        assert parts["q1"] == base
+        assert max(parts[name] + size for name, size in sizes.items() if size) > base + needed - 256
