@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 
@@ -122,13 +123,9 @@ def test_calls_that_differ_do_not_share_launches(fake, other):
     }
     call = tokens(fake, **given)
     run(layer, call)
-    alone = make(weights(fake))
-    run(alone, call)
-    hidden = {"gemm.b_scale", "gemm.bias"}
-    for mine, its in zip(fake.launches[4:8], fake.launches[8:], strict=True):
-        assert {n: v for n, v in facts(mine.params).items() if n not in hidden} == facts(its.params) | {
-            name: value for name, value in facts(mine.params).items() if name in hidden
-        } or facts(mine.params) == facts(its.params)
+    run(make(weights(fake)), call)  # that never saw another
+    seen = [facts(each.params) for each in fake.launches]
+    assert seen[4:8] == seen[8:] != seen[:4]
     route, combine = fake.launches[4].params, fake.launches[7].params
     assert route.tokens.x_type == abi.OUT_TYPES[call["x"].dtype.name]
     assert route.ids_are_64_bit == int(call["topk_ids"].dtype.name == "int64")
@@ -388,7 +385,7 @@ def test_a_failed_launch_names_its_kernel_and_the_next_call_works(fake, which):
 def test_a_workspace_that_could_not_be_pointed_at_is_pointed_at_again(fake, monkeypatch):
     force(monkeypatch, down="fp8_packed_128x8x128_swap", down_units=1)
     layer, call = make(weights(fake)), tokens(fake)
-    for name in ("cuTensorMapReplaceAddress", "cuMemsetD8Async"):
+    for name in ("cuMemsetD8Async", "cuTensorMapReplaceAddress"):
         fake.fail[name] = [719]
         with pytest.raises(CudaError, match=f"{name} failed"):
             run(layer, call)
@@ -450,7 +447,7 @@ def test_blocks_grow_to_twice_their_size_and_old_ones_stay(fake):
         needed = max(needed, layer.workspace_size(count, TOP))
         sizes = list(fake.kept.values())
         assert sizes[-1] >= layer.workspace_size(count, TOP)
-        assert all(2 * old <= new for old, new in zip(sizes, sizes[1:], strict=False))
+        assert all(2 * old <= new for old, new in pairwise(sizes))
         assert sum(sizes) < 4 * needed
         assert base_of(fake) == list(fake.kept)[-1]
     assert len(fake.kept) < 6
@@ -541,12 +538,9 @@ def inside(tensor, fake, size, at=0):
 
 
 def bad_workspaces(fake, given, call, needed):
-    some = fake.tensor((needed,), "uint8")
     short = fake.tensor((needed - 1,), "uint8")
-    words = (
-        f"expected at least {needed} bytes \\(FusedMoE.workspace_size gives how many\\), got {needed - 1}$"
-    )
-    yield short, words
+    who = "FusedMoE.workspace_size gives how many"
+    yield short, f"expected at least {needed} bytes \\({who}\\), got {needed - 1}$"
     shifted = fake.tensor((needed + 15,), "uint8", offset=240)
     yield shifted, f"expected at least {needed} .*, of which 16 lie before the first multiple of 256"
     yield fake.tensor((0,), "uint8"), "expected at least"
@@ -561,7 +555,6 @@ def bad_workspaces(fake, given, call, needed):
     other = fake.tensor((needed,), "uint8", 1)
     yield other, "expected memory of CUDA device 0 like x, got device 1"
     yield fake.tensor((needed,), "uint8", -1), "expected memory of CUDA device 0 like x, got host memory"
-    del some
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -621,7 +614,7 @@ def test_workspace_size_is_what_a_call_takes(fake, count, dtype):
         ((-1, 2), ValueError, "tokens: expected at least 0, got -1"),
         ((65_537, 2), ValueError, "tokens: expected at most 65536, got 65537"),
         ((1, 0), ValueError, "top_k: expected at least 1, got 0"),
-        ((65_536, 32_768), ValueError, "top_k: expected at most .* routes, got 2147483648"),
+        ((65_536, 32_768), ValueError, "top_k: expected at most .* routes of all tokens, got 2147483648"),
         ((True, 2), TypeError, "tokens: expected an int, got bool"),
         ((1, 2.0), TypeError, "top_k: expected an int, got float"),
         ((1, 2, "float32"), ValueError, "dtype: expected bfloat16 or float16, got 'float32'"),
@@ -750,9 +743,7 @@ def test_out_in_the_gaps_between_the_rows_of_x(fake):
 def test_arrays_of_another_device(fake, name, device):
     layer, call = make(weights(fake)), tokens(fake)
     call[name] = fake.tensor(call[name].shape, call[name].dtype.name, device)
-    with pytest.raises(
-        ValueError, match=r"^(x|out|topk_ids|topk_weights): expected memory of (a )?CUDA device"
-    ):
+    with pytest.raises(ValueError, match=r"^(x|out|topk_\w+): expected memory of (a )?CUDA device"):
         run(layer, call)
     assert nothing_happened(fake)
 

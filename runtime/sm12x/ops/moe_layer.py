@@ -121,6 +121,10 @@ class FusedMoE:
                 raise ValueError(f"{argument}: expected at least {least}, got {value}")
         if tokens > moe_validate.MAX_TOKENS:
             raise ValueError(f"tokens: expected at most {moe_validate.MAX_TOKENS}, got {tokens}")
+        if tokens * top_k > validate.INT32_MAX:
+            raise ValueError(
+                f"top_k: expected at most {validate.INT32_MAX} routes of all tokens, got {tokens * top_k}"
+            )
         name = validate.dtype_name(dtype, "dtype")
         if name not in moe_validate.LAYER_DTYPES:
             raise ValueError(f"dtype: expected {' or '.join(moe_validate.LAYER_DTYPES)}, got {dtype!r}")
