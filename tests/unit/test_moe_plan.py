@@ -318,6 +318,7 @@ def test_a_layer_of_the_second_device(fake):
 
 
 def test_threads_do_not_share_parameters(fake):
+    fake.context = CONTEXT  # the fake's threads have one
     layer, calls = make(weights(fake)), [tokens(fake, random.choice((3, 7))) for _ in range(64)]
     run(layer, calls[0])
     fake.launches.clear()
@@ -341,6 +342,7 @@ def test_threads_do_not_share_parameters(fake):
 
 def test_launches_of_two_threads_on_one_stream_do_not_come_in_turns(fake, monkeypatch):
     """They share a workspace: the kernels of one call must be behind each other."""
+    fake.context = CONTEXT
     real = fake._launched
 
     def slow(*arguments):
