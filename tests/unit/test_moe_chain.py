@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from sm12x import abi, manifest
 from unit.fake_driver import CONTEXT, install
-from unit.fake_family import write_family
 from unit.layer_cases import INNER, STREAM, TOP, E, H, T, force, keys, make, run, tokens, weights
 from unit.test_fp8_packed import address_of, text_of
 
@@ -23,8 +22,8 @@ ELEMENT = {"bfloat16": 2, "float16": 2}
 
 
 @pytest.fixture
-def fake(monkeypatch, tmp_path):
-    fake = install(monkeypatch, tmp_path, layer=True)
+def fake(monkeypatch, layer_root):
+    fake = install(monkeypatch, layer_root)
     fake.streams[0] = STREAM
     return fake
 
@@ -563,13 +562,6 @@ def test_split_k_has_counters_and_room_for_its_parts(fake, monkeypatch):
     assert (down.partials != 0, down.counters) == (True, counters)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("cubins")
-    write_family(root, layer=True)
-    return root
-
-
 shapes = st.fixed_dictionaries(
     {
         "experts": st.integers(1, 64),
@@ -589,10 +581,10 @@ shapes = st.fixed_dictionaries(
 
 @having(shapes)
 @settings(max_examples=30, deadline=None)
-def test_no_part_of_the_workspace_lies_on_another(root, shape):
+def test_no_part_of_the_workspace_lies_on_another(layer_root, shape):
     count, top_k, hidden = shape["count"], shape["top_k"], shape["hidden"]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        fake = install(monkeypatch, root, layer=True)
+        fake = install(monkeypatch, layer_root)
         down = None if shape["a2_scale"] is not None else shape["down"]
         if down or shape["units"]:
             force(monkeypatch, down=down, up_units=shape["units"], down_units=shape["units"] // 2)

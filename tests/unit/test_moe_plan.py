@@ -40,8 +40,8 @@ LAUNCHES = ["cuLaunchKernelEx"] * 4
 
 
 @pytest.fixture
-def fake(monkeypatch, tmp_path):
-    fake = install(monkeypatch, tmp_path, layer=True)
+def fake(monkeypatch, layer_root):
+    fake = install(monkeypatch, layer_root)
     fake.streams[0] = STREAM
     return fake
 

@@ -16,8 +16,8 @@ STREAM = 0x7F12_3456_7890
 
 
 @pytest.fixture
-def fake(monkeypatch, tmp_path):
-    fake = install(monkeypatch, tmp_path, layer=True)
+def fake(monkeypatch, layer_root):
+    fake = install(monkeypatch, layer_root)
     fake.streams[0] = STREAM
     return fake
 
