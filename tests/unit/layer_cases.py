@@ -72,3 +72,13 @@ def force(monkeypatch, *, up=None, down=None, up_units=0, down_units=0):
 def keys(fake):
     """What was launched, without the prefix of symbols."""
     return [each.symbol.removeprefix("sm12x_") for each in fake.launches]
+
+
+def base_of(fake):
+    """Where the last call of four launches has its workspace."""
+    return fake.launches[-4].params.tokens.q
+
+
+def nothing_happened(fake):
+    """Whether nothing was launched or allocated."""
+    return fake.launches == [] and fake.allocated == {}
