@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
 
+from sm12x import driver
 from sm12x.errors import CudaError
 from sm12x.ops import fused_moe as module
-from unit.fake_driver import install
+from unit.fake_driver import CONTEXT, install
 from unit.layer_cases import (
     STREAM,
     TOP,
@@ -58,6 +61,17 @@ def test_blocks_grow_to_twice_their_size_and_old_ones_stay(fake):
         assert base_of(fake) == list(fake.kept)[-1]
     assert len(fake.kept) < 6
     assert fake.freed == []
+
+
+def test_two_first_calls_on_a_stream_make_one_block(fake, monkeypatch):
+    """Both find none, and the second one must not make another behind the first."""
+    fake.context = CONTEXT  # the fake's threads have one
+    layer, barrier = make(weights(fake)), threading.Barrier(2)
+    monkeypatch.setattr(driver, "stream_is_capturing", lambda *_: barrier.wait() < 0)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda call: run(layer, call), [tokens(fake), tokens(fake)]))
+    assert len(fake.kept) == 1
+    assert len(fake.launches) == 8
 
 
 def test_a_bigger_block_is_used_by_calls_that_had_a_smaller_one(fake):

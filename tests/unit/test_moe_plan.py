@@ -25,7 +25,7 @@ from unit.layer_cases import (
     tokens,
     weights,
 )
-from unit.test_moe_chain import facts, gemm_of
+from unit.layer_params import facts, gemm_of
 
 
 @pytest.fixture

@@ -180,12 +180,17 @@ def test_a_workspace_that_could_not_be_pointed_at_is_pointed_at_again(fake, monk
         assert fake.launches == []
     run(layer, call)
     expected = last(fake, 5)
-    run(make(weights(fake)), tokens(fake, stream=0))
-    fake.launches.clear()
-    for where in (0, STREAM):
-        run(layer, {**call, "stream": where})
+    other = {**call, "stream": 0}
+    fake.fail["cuTensorMapReplaceAddress"] = [719]
+    with pytest.raises(CudaError, match="cuTensorMapReplaceAddress failed"):
+        run(layer, other)  # at another workspace by half
+    run(layer, call)
     assert last(fake, 5) == expected
-    assert last(fake, 10)[:5] != expected
+    run(layer, other)
+    moved = last(fake, 5)
+    assert all(mine != its for mine, its in zip(moved, expected, strict=True))
+    run(layer, call)
+    assert last(fake, 5) == expected
 
 
 def test_every_status_of_a_call_is_checked(fake):

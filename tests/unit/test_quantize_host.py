@@ -9,7 +9,7 @@ from sm12x import abi, outputs
 from sm12x.errors import CudaError
 from unit.fake_driver import CONTEXT, install
 from unit.fake_jax import ArrayImpl, install_jax
-from unit.test_moe_chain import facts
+from unit.layer_params import facts
 
 T, K = 5, 96
 STREAM = 0x7F12_3456_7890

@@ -9,7 +9,7 @@ from sm12x import abi, outputs
 from sm12x.errors import CudaError
 from unit.fake_driver import CONTEXT, install
 from unit.fake_jax import ArrayImpl, DlpackArray, install_jax
-from unit.test_moe_chain import facts
+from unit.layer_params import facts
 
 E, T, TOP = 6, 5, 2
 STREAM = 0x7F12_3456_7890
