@@ -106,11 +106,17 @@ def test_no_tokens_still_have_offsets(fake):
     assert made.route_row.shape == (0, TOP)
 
 
-def test_an_explicit_stream_and_another_device(fake):
+def test_the_current_stream_and_another_device(fake):
     fake.streams[1] = STREAM + 16
     sm12x.route(fake.tensor((T, TOP), "int32", 1), E)
     sm12x.route(routes(fake), E, stream=STREAM)
     assert [(x.stream, x.context) for x in fake.launches] == [(STREAM + 16, CONTEXT + 1), (STREAM, CONTEXT)]
+
+
+def test_an_explicit_stream_is_not_the_frameworks(fake, monkeypatch):
+    install_jax(monkeypatch, fake)
+    sm12x.route(ArrayImpl(fake, (T, TOP), "int32"), E, stream=STREAM + 32)
+    assert [x.stream for x in fake.launches] == [STREAM + 32]
 
 
 def at(tensor, address):

@@ -23,8 +23,9 @@ class FusedMoE:
     With `out` given, a call allocates nothing once another of its number of tokens has run on its stream:
     without `workspace=` it uses memory of the library's own, one block for each stream, shared by all layers.
     Calls can be captured in CUDA graphs; run one of the same shapes on that stream before, because the first
-    loads kernels and finds its memory. Keep the object while a graph of it may run. Calls on different
-    threads or streams do not disturb each other.
+    loads kernels and finds its memory. Keep the object while a graph of it may run; graphs that were captured
+    on one stream share its block, so that no two of them may run at once. Calls on different threads or
+    streams do not disturb each other, unless they are given the same `workspace`.
     """
 
     def __init__(
