@@ -142,7 +142,7 @@ class LayerPlan:
         layer, rows = self.layer, call.routes.most_rows
         expected = rows
         if layer.global_experts > layer.experts:  # the others' routes have no rows here
-            expected = max(1, -(-rows * layer.experts // layer.global_experts)) if rows else 0
+            expected = -(-rows * layer.experts // layer.global_experts)
         return LayerProblem(
             experts=layer.experts,
             hidden=layer.hidden,
@@ -168,6 +168,7 @@ class LayerPlan:
         """The rules for a call's addresses. The first lines find a sign of trouble; the rest says which."""
         x, weights, ids = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr
         to, end = out.ptr, out.ptr + plan.span_out
+        (w1, w1_end), (w2, w2_end) = self._spans
         if (
             not ((x | to) & 15 or weights & 3 or ids & plan.ids_mask or out.readonly)
             and x
@@ -175,7 +176,8 @@ class LayerPlan:
             and weights
             and ids
             and (to >= x + plan.span_x or x >= end)
-            and all(to >= last or first >= end for first, last in self._spans)
+            and (to >= w1_end or w1 >= end)
+            and (to >= w2_end or w2 >= end)
         ):
             return
         validate.writable(out, "out")
