@@ -168,6 +168,13 @@ def test_more_rows_pick_larger_tiles_and_take_longer(held, arch, gated):
     assert us == sorted(us)
 
 
+def test_the_choice_goes_by_the_rows_that_are_expected_and_the_grid_by_all(held):
+    few = layer(2**15, expected_rows=8)
+    choice = chosen(few, held)
+    assert choice == chosen(layer(8), held) != chosen(layer(2**15), held)
+    assert [gemm.rows for gemm in with_all_rows(few, choice)] == [2**15] * 2
+
+
 def test_what_a_launch_between_costs(rng):
     for _ in range(20):
         problem = random_layer(rng)
