@@ -385,23 +385,28 @@ def read_bytes(device: Device, ptr: int, size: int, stream: int) -> bytes:
     return content.raw
 
 
-def allocate(device: Device, size: int) -> int:
-    """Address of `size` bytes that are never freed. Safe while any stream is being captured."""
-    bindings, call = device.driver.bindings, device.driver.call
-    relaxed = bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+@contextmanager
+def _unordered(device: Device) -> Iterator[None]:
+    # Inside, calls that no graph can hold are allowed though some stream may be being captured.
+    call = device.driver.call
+    relaxed = device.driver.bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     before = call("cuThreadExchangeStreamCaptureMode", relaxed)
     try:
-        return int(call("cuMemAlloc", size))
+        yield
     finally:
         call("cuThreadExchangeStreamCaptureMode", before)
 
 
+def allocate(device: Device, size: int) -> int:
+    """Address of `size` bytes that are never freed. Safe while any stream is being captured."""
+    with _unordered(device):
+        return int(device.driver.call("cuMemAlloc", size))
+
+
 def allocate_zeroed(device: Device, size: int) -> int:
-    """Address of `size` bytes of zeros that are never freed. Safe while any stream is being captured."""
-    bindings, call = device.driver.bindings, device.driver.call
-    relaxed = bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    before = call("cuThreadExchangeStreamCaptureMode", relaxed)
-    try:
+    """The same, of zeros."""
+    call = device.driver.call
+    with _unordered(device):
         ptr = int(call("cuMemAlloc", size))
         stream = call("cuStreamCreate", NON_BLOCKING)
         try:
@@ -409,6 +414,4 @@ def allocate_zeroed(device: Device, size: int) -> int:
             call("cuStreamSynchronize", stream)
         finally:
             call("cuStreamDestroy", stream)
-    finally:
-        call("cuThreadExchangeStreamCaptureMode", before)
     return ptr

@@ -123,9 +123,10 @@ class Variant:
         return self.tile[0] if self.swap_ab else self.tile[1]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Manifest:
-    """A checked manifest; `root` is its folder."""
+    """A checked manifest; `root` is its folder. One is only equal to itself, so that caches may be kept by
+    it."""
 
     root: Path
     toolchain: Mapping[str, str]

@@ -129,10 +129,10 @@ def test_rows_quantised_apart_or_on_their_way_in_give_the_same_bits(rng, monkeyp
     expected = layer.run("emulator")
     chosen = []
 
-    def force(problem, sms):
-        choice, lists = select_layer(problem, sms)
+    def force(problem, held, sms):
+        choice, lists = select_layer(problem, held, sms)
         family, role = ("fp8_packed", "gemm") if apart else ("fp8_down", "down")
-        variant = manifest.default().gemms(family, role)[int(rng.integers(2))]
+        variant = held.gemms(family, role)[int(rng.integers(2))]
         chosen.append(variant.key)
         down = type(choice.down)(variant, 0, 0.0, {}, "forced")
         return type(choice)(choice.up, down, apart), lists

@@ -3,6 +3,15 @@
 import pytest
 
 from unit.fake_driver import reset
+from unit.fake_family import write_family
+
+
+@pytest.fixture(scope="session")
+def layer_root(tmp_path_factory):
+    """Made-up cubins of all kernels of an expert layer, for tests that change none of the files."""
+    root = tmp_path_factory.mktemp("cubins")
+    write_family(root, layer=True)
+    return root
 
 
 @pytest.fixture(autouse=True)

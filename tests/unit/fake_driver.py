@@ -321,15 +321,16 @@ def reset():
     grouped_gemm_module._plans.clear()
 
 
-def install(monkeypatch, root, *, major="13", packed=False, **options):
+def install(monkeypatch, root, *, major="13", packed=False, layer=False, **options):
     """Put a fake driver and torch in place for one test, with the cubins of `root`; returns the driver.
 
-    A `root` without a manifest gets the made-up family fp8_ptr_array, with `packed` fp8_packed too.
+    A `root` without a manifest gets the made-up family fp8_ptr_array, with `packed` fp8_packed too,
+    with `layer` all that an expert layer needs.
     """
     fake = FakeDriver(**options)
     if not (root / "manifest.json").exists():
         root = root / "cubins"
-        write_family(root, packed=packed)
+        write_family(root, packed=packed, layer=layer)
     monkeypatch.setattr(driver, "_import_bindings", lambda: fake.bindings)
     monkeypatch.setattr(driver, "_load_library", lambda: fake.library)
     monkeypatch.setattr(manifest, "find_root", lambda: root)

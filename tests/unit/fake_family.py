@@ -1,4 +1,4 @@
-"""The families fp8_ptr_array and fp8_packed with made-up cubins, laid out the way the build does."""
+"""The families of kernels with made-up cubins, laid out the way the build does."""
 
 from __future__ import annotations
 
@@ -26,6 +26,22 @@ PACKED = [
     ("128x128x128_coop", (128, 128, 128), "cooperative", False, 320, 99328, 131072, 8),
 ]
 PACKED_OUTS = ["bfloat16", "float16", "float32"]
+# The same of an expert layer's first GEMM, with gates and without, and of the one that quantises its rows.
+UP = [
+    PACKED[0],
+    PACKED[1],
+    ("64x8x128_swap", (64, 8, 128), "cooperative", True, 320, 100352, 4096, 4),
+    PACKED[3],
+]
+UP_OUTS = ["bfloat16", "float16", "float8_e4m3fn"]
+DOWN = PACKED[:2]
+# (key, family, role, params, threads)
+SMALL = [
+    ("moe_route", "moe_route", "route", "sm12x_route_params", 512),
+    ("moe_combine", "moe_combine", "combine", "sm12x_combine_params", 128),
+    ("quantize_fp8", "quantize_fp8", "quantize", "sm12x_quantize_params", 256),
+    ("quantize_fp8_maxima", "quantize_fp8", "maxima", "sm12x_maxima_params", 256),
+]
 
 
 def abi_record() -> dict[str, Any]:
@@ -41,9 +57,11 @@ def abi_record() -> dict[str, Any]:
     return {"structs": structs, "constants": abi.constants()}
 
 
-def write_family(root, archs=("sm_120a", "sm_121a", "sm_90a"), majors=("cu12", "cu13"), packed=False):
+def write_family(
+    root, archs=("sm_120a", "sm_121a", "sm_90a"), majors=("cu12", "cu13"), packed=False, layer=False
+):
     """The family fp8_ptr_array with made-up cubins under `root`, the way the build lays it out; with `packed`
-    fp8_packed too."""
+    fp8_packed too, with `layer` also all that an expert layer needs."""
     variants = {}
 
     def add(key, kernel):
@@ -111,37 +129,51 @@ def write_family(root, archs=("sm_120a", "sm_121a", "sm_90a"), majors=("cu12", "
                 "workspace_per_cta": 0,
             },
         )
-    for stem, tile, schedule, swap, threads, shared, workspace, warps in PACKED if packed else ():
-        token, feature = (tile[1], tile[0]) if swap else (tile[0], tile[1])
-        maps = {
-            name: {"rank": 3, "box": [tile[2], rows], "swizzle": tile[2], "element_bytes": 1}
-            for name, rows in (("a", token), ("b", 8 if swap else feature))
-        }
-        add(
-            f"fp8_packed_{stem}",
-            {
-                "family": "fp8_packed",
-                "role": "gemm",
-                "params": "sm12x_packed_params",
-                "tile": list(tile),
-                "schedule": schedule,
-                "swap_ab": swap,
-                "a": "float8_e4m3fn",
-                "b": "float8_e4m3fn",
-                "outs": PACKED_OUTS,
-                "mma": "unit_scale",
-                "pdl": stem != "128x32x128_swap",
-                "stages": 4,
-                "threads": threads,
-                "shared_memory": shared,
-                "grid_axis": "x",
-                "workspace_per_cta": workspace,
-                "mma_warps": warps,
-                "weight_maps": (feature // 8).bit_length() if swap else 1,
-                "tensor_maps": maps,
-            },
-        )
+    for row in PACKED if packed or layer else ():
+        add(*_packed_kernel("fp8_packed", "gemm", "sm12x_packed_params", PACKED_OUTS, *row))
+    for row in UP if layer else ():
+        for gated in (False, True):
+            add(*_packed_kernel("fp8_up", "up", "sm12x_up_params", UP_OUTS, *row, gated=gated))
+    for row in DOWN if layer else ():
+        add(*_packed_kernel("fp8_down", "down", "sm12x_down_params", PACKED_OUTS, *row))
+    for key, family, role, params, threads in SMALL if layer else ():
+        facts = {"threads": threads, "shared_memory": 0, "grid_axis": "x", "workspace_per_cta": 0}
+        add(key, {"family": family, "role": role, "params": params, "pdl": True, **facts})
     contents = {"schema": 1, "toolchain": {"nvcc": "13.3.73"}, "abi": abi_record(), "variants": variants}
     root.mkdir(parents=True, exist_ok=True)
     (root / "manifest.json").write_text(json.dumps(contents))
     return contents
+
+
+def _packed_kernel(
+    family, role, params, outs, stem, tile, schedule, swap, threads, shared, workspace, warps, gated=False
+):
+    """Key and facts of a kernel on the packed layer."""
+    token, feature = (tile[1], tile[0]) if swap else (tile[0], tile[1])
+    least = (16 if gated else 8) if swap else feature  # features of the smallest box
+    maps = {
+        name: {"rank": rank, "box": [tile[2], rows], "swizzle": tile[2], "element_bytes": 1}
+        for name, rank, rows in (("a", 3, token), ("b", 5 if gated else 3, least))
+    }
+    return f"{family}_{'gated_' if gated else ''}{stem}", {
+        "family": family,
+        "role": role,
+        "params": params,
+        "tile": list(tile),
+        "schedule": schedule,
+        "swap_ab": swap,
+        "a": "float8_e4m3fn",
+        "b": "float8_e4m3fn",
+        "outs": outs,
+        "mma": "unit_scale",
+        "pdl": role != "gemm" or stem != "128x32x128_swap",
+        "stages": 4,
+        "threads": threads,
+        "shared_memory": shared,
+        "grid_axis": "x",
+        "workspace_per_cta": workspace,
+        "mma_warps": warps,
+        "weight_maps": (feature // least).bit_length(),
+        "tensor_maps": maps,
+        **({"gated": gated} if role == "up" else {}),
+    }

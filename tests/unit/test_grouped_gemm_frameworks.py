@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import types
-
-import ml_dtypes
 import numpy as np
 import pytest
 
 import sm12x
-from sm12x import outputs, streams
+from sm12x import outputs
 from sm12x.ops import grouped_gemm as module
-from sm12x.validation.device import DeviceArray
 from unit.fake_driver import install, reset
 from unit.fake_family import write_family
+from unit.fake_jax import ArrayImpl, DlpackArray, install_jax
 from unit.gemm_cases import STREAM, E, K, M, N, nothing_happened, operands
 
 
@@ -24,22 +19,6 @@ def fake(monkeypatch, tmp_path):
     fake = install(monkeypatch, tmp_path)
     fake.streams[0] = STREAM
     return fake
-
-
-class DlpackArray:
-    """A DLPack producer on a device that writes down which stream it was asked for."""
-
-    def __init__(self, fake, shape, dtype, device=0):
-        self.tensor = fake.tensor(shape, dtype, device)
-        self.array = DeviceArray(self.tensor.address, tuple(shape), dtype, device, None)
-        self.streams = []
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
-
-    def __dlpack__(self, *, stream=None, **options):
-        self.streams.append(stream)
-        return self.array.__dlpack__(stream=stream, **options)
 
 
 def dlpack_operands(fake, kind=DlpackArray):
@@ -102,34 +81,9 @@ def test_a_read_only_array_is_refused_also_by_a_known_plan(fake, monkeypatch, na
     assert nothing_happened(fake)
 
 
-class ArrayImpl(DlpackArray):
-    """A JAX array, as far as sm12x looks."""
-
-    __module__ = "jaxlib._jax"
-
-    def is_deleted(self):
-        return False
-
-
 @pytest.fixture
 def jax(fake, monkeypatch):
-    jax = types.ModuleType("jax")
-    jax.local_devices = lambda backend: [types.SimpleNamespace(local_hardware_id=0)]
-    jax.default_device = lambda device: contextlib.nullcontext()
-    names = {np.dtype(ml_dtypes.bfloat16): "bfloat16"}
-    jax.numpy = types.SimpleNamespace(empty=lambda shape, dtype: ArrayImpl(fake, shape, names[dtype]))
-    imported = []
-
-    def from_dlpack(export):
-        export.__dlpack__(stream=0x9000)
-        imported.append(export)
-        return ("imported", export.array)
-
-    jax.dlpack = types.SimpleNamespace(from_dlpack=from_dlpack)
-    monkeypatch.setitem(sys.modules, "jax", jax)
-    monkeypatch.setattr(streams, "_jax_streams", {})
-    monkeypatch.setattr(outputs, "_held", [])
-    return jax
+    return install_jax(monkeypatch, fake)
 
 
 def test_jax_in_and_out_is_ordered_on_both_sides(fake, jax):

@@ -81,9 +81,9 @@ def fused_moe(
 
     out (T, H) of x's dtype, row stride a multiple of 16 bytes, memory of its own. None: a new array of x's
       framework. A token without a valid route gets zeros.
-    workspace: contiguous array of any dtype on the device, `FusedMoE.workspace_size` bytes, never shared
-      between streams. None: memory of the library's own, kept for this thread and stream; while the stream is
-      being captured, memory that is allocated and freed in its order.
+    workspace: contiguous array of any dtype on the device, never shared between streams or threads. None:
+      memory of the library's own, one block for each stream; while a graph is captured, memory that it
+      allocates and frees.
     stream: integer handle, or an object with __cuda_stream__, cuda_stream, ptr or value. None: the current
       stream of the framework of `out`, or of `x` where there is none. Nothing waits for the GPU.
     dtype: "float8_e4m3fn", the type of uint8 weights.
@@ -151,7 +151,9 @@ def _fused_moe_on_device(
         return _emulated(x, w1, w2, topk_weights, topk_ids, layer, out, workspace, stream)
     handle, given, device = take_call_arrays(x, topk_weights, topk_ids, out, workspace, stream)
     arrays, options = take_layer_arrays(w1, w2, layer, handle)
-    key = (tuple(each[:6] if isinstance(each, Array) else each for each in arrays), options)
+    # With the options' types: True is 1, but only one of them is a flag.
+    kinds = tuple(map(type, options))
+    key = (tuple(each[:6] if isinstance(each, Array) else each for each in arrays), options, kinds)
     try:
         plan = _plans.get(key)
     except TypeError:  # an argument that cannot be hashed: planning says which
@@ -229,8 +231,8 @@ def run_layer(
         out = allocate_like(given.x.framework, shape, calls.call.dtype, device, stream)
         target = ingest(out, "out", stream)
     plan.run(calls, given, target, stream)
-    inputs = [given.x, given.topk_weights, given.topk_ids, *weights]
-    if any(array.framework == "jax" for array in inputs):
+    if calls.hand_over:
+        inputs = [given.x, given.topk_weights, given.topk_ids, *weights]
         (out,) = deliver([out], inputs, stream, device)
     return out
 

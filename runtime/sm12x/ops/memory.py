@@ -56,17 +56,19 @@ def check_overlap(out: str, address: int, d: Matrix, inputs: Sequence[tuple[str,
             raise ValueError(f"{out}: expected memory of its own, got an array that overlaps {argument}")
 
 
-def workspace_base(address: int, size: int, needed: int) -> int:
-    """First aligned address in a workspace. Raises ValueError where `needed` bytes do not fit behind it."""
+def workspace_base(
+    address: int,
+    size: int,
+    needed: int,
+    enough: str = "sm12x.workspace_size gives enough for every variant",
+) -> int:
+    """First aligned address in a workspace. Raises ValueError where `needed` bytes do not fit behind it;
+    `enough` tells the caller who knows how many."""
     base = -(-address // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
     if base + needed > address + size:
         lost = base - address
         beyond = f", of which {lost} lie before the first multiple of {WORKSPACE_ALIGNMENT}" if lost else ""
-        raise ValueError(
-            f"workspace: expected at least {needed} bytes (sm12x.workspace_size gives enough for every "
-            "variant), "
-            f"got {size}{beyond}"
-        )
+        raise ValueError(f"workspace: expected at least {needed} bytes ({enough}), got {size}{beyond}")
     return base
 
 

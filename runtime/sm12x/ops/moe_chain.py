@@ -74,16 +74,8 @@ class Chain:
     """A layer's launches for one number of tokens. Only one call may be at it at a time."""
 
     __slots__ = (
-        "_base",
-        "_combine",
-        "_counts",
-        "_device",
-        "_routes",
-        "_stream",
-        "_up",
-        "_weights_input",
-        "needed",
-        "steps",
+        *("_base", "_combine", "_context", "_context_at", "_counts", "_device", "_routes", "_stream", "_up"),
+        *("_weights_input", "needed", "steps"),
     )
 
     def __init__(
@@ -104,6 +96,13 @@ class Chain:
         self._combine = steps[-1].block.memory
         self._weights_input, self._counts = weights_input, counts
         self._base = self._stream = -1
+        self._context = ctypes.c_void_p()
+        self._context_at = ctypes.byref(self._context)
+
+    def context_is_current(self) -> bool:
+        """Whether the device's context is the calling thread's."""
+        status: int = self._device.driver.hot.cuCtxGetCurrent(self._context_at)
+        return not status and self._context.value == self._device.context
 
     def run(self, stream: int, base: int, x: int, topk_weights: int, topk_ids: int, out: int) -> None:
         """Launch a call on `stream`, given its addresses; `base` is that of `needed` bytes of workspace. The

@@ -20,11 +20,11 @@ class FusedMoE:
     what it brings and launches: four or five kernels (one more for over 8,192 routes), one after the other,
     nothing else.
 
-    With `out` given, a call allocates nothing once this thread has made one as large on its stream: without
-    `workspace=` it uses memory of the library's own, one block for each thread and stream, shared by all
-    layers. Calls can be captured in CUDA graphs; make one of the same shapes before, because the first loads
-    kernels, and give a `workspace` if the graph is not to allocate. Keep the object while a graph of it may
-    run. Calls on different threads or streams do not disturb each other.
+    With `out` given, a call allocates nothing once another as large has run on its stream: without
+    `workspace=` it uses memory of the library's own, one block for each stream, shared by all layers. Calls
+    can be captured in CUDA graphs; make one of the same shapes before, because the first loads kernels, and
+    give a `workspace` if the graph is not to allocate. Keep the object while a graph of it may run. Calls on
+    different threads or streams do not disturb each other, unless they are given the same `workspace`.
     """
 
     def __init__(
@@ -121,6 +121,10 @@ class FusedMoE:
                 raise ValueError(f"{argument}: expected at least {least}, got {value}")
         if tokens > moe_validate.MAX_TOKENS:
             raise ValueError(f"tokens: expected at most {moe_validate.MAX_TOKENS}, got {tokens}")
+        if tokens * top_k > validate.INT32_MAX:
+            raise ValueError(
+                f"top_k: expected at most {validate.INT32_MAX} routes of all tokens, got {tokens * top_k}"
+            )
         name = validate.dtype_name(dtype, "dtype")
         if name not in moe_validate.LAYER_DTYPES:
             raise ValueError(f"dtype: expected {' or '.join(moe_validate.LAYER_DTYPES)}, got {dtype!r}")

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import driver
+from .. import driver, manifest
 from ..arrays import Array
 from ..driver import EMULATED
 from ..select.layer import LayerProblem, select_layer
@@ -24,7 +24,8 @@ MOST_CALLS = 256  # numbers of tokens, and the like, that a layer keeps launches
 
 @dataclass(slots=True)
 class CallPlan:
-    """Calls of one shape. `chains`: prepared launches that no call is using; each thread takes one."""
+    """Calls of one shape. `hand_over`: an array is JAX's, for `tensors.deliver`. `chains`: prepared launches
+    that no call is using; each thread takes one."""
 
     call: Call
     problem: LayerProblem
@@ -32,6 +33,7 @@ class CallPlan:
     ids_mask: int
     span_x: int
     span_out: int
+    hand_over: bool = False
     chains: list[Chain] = field(default_factory=list)
 
 
@@ -54,7 +56,13 @@ class LayerPlan:
 
     def take(self, given: CallArrays) -> CallPlan:
         """The plan for calls like this one. Raises as `sm12x.fused_moe` says."""
-        key = tuple(None if array is None else array[1:5] for array in given)
+        # Spelled out, because this runs on every call. All that a plan depends on, and the framework.
+        x, weights, ids, out, workspace = given
+        key = (
+            *(x[1:6], weights[1:6], ids[1:6]),
+            None if out is None else out[1:6],
+            None if workspace is None else workspace[1:6],
+        )
         try:
             return self._calls[key]
         except KeyError:
@@ -72,6 +80,10 @@ class LayerPlan:
             ids_mask=7 if call.routes.wide_ids else 3,
             span_x=call.x.span,
             span_out=call.out.span,
+            hand_over=any(
+                array is not None and array.framework == "jax"
+                for _, array in (*given.named(), *self.weights.named())
+            ),
         )
         if len(self._calls) >= MOST_CALLS:
             self._calls.clear()
@@ -83,28 +95,38 @@ class LayerPlan:
         self._check(plan, given, out)
         if not plan.call.routes.tokens:
             return
-        driver.get_device(self.device.ordinal)  # in a forked process it says that this cannot work
-        x, weights, ids = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr
-        with driver.current(self.device):
-            try:
-                chain = plan.chains.pop()
-            except IndexError:
-                chain = self._chain(plan)
-            try:
-                if given.workspace is not None:
-                    base = self._base(plan, given, out, chain.needed)
-                    chain.run(stream, base, x, weights, ids, out.ptr)
-                    return
-                base = 0
-                if self.device.ordinal < EMULATED:  # there, memory that was never used shows what reads it
-                    base = block_of(self.device, stream, chain.needed)
-                if base:
-                    chain.run(stream, base, x, weights, ids, out.ptr)
-                    return
-                with driver.temporary(self.device, chain.needed, stream) as base:
-                    chain.run(stream, base, x, weights, ids, out.ptr)
-            finally:
-                plan.chains.append(chain)
+        driver.get_device(self.device.ordinal)  # refuses a process that was forked off the layer's
+        try:
+            chain = plan.chains.pop()
+        except IndexError:
+            chain = self._chain(plan)
+        try:
+            base = 0
+            if given.workspace is not None:
+                base = self._base(plan, given, out, chain.needed)
+            addresses = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr, out.ptr
+            if chain.context_is_current():
+                self._launch(chain, stream, base, addresses)
+            else:
+                with driver.current(self.device):
+                    self._launch(chain, stream, base, addresses)
+        finally:
+            plan.chains.append(chain)
+
+    def _launch(self, chain: Chain, stream: int, base: int, addresses: tuple[int, int, int, int]) -> None:
+        """`base` 0: in memory of our own."""
+        if base:
+            chain.run(stream, base, *addresses)
+            return
+        block = None
+        if self.device.ordinal < EMULATED:  # there, memory that was never used shows what reads it
+            block = block_of(self.device, stream, chain.needed)
+        if block is None:
+            with driver.temporary(self.device, chain.needed, stream) as base:
+                chain.run(stream, base, *addresses)
+            return
+        with block.lock:
+            chain.run(stream, block.address, *addresses)
 
     def workspace_size(self, tokens: int, top_k: int, dtype: str) -> int:
         """Bytes of workspace that are enough for calls of up to so many tokens, whatever kernels run."""
@@ -119,7 +141,7 @@ class LayerPlan:
         layer, rows = self.layer, call.routes.most_rows
         expected = rows
         if layer.global_experts > layer.experts:  # the others' routes have no rows here
-            expected = max(1, -(-rows * layer.experts // layer.global_experts)) if rows else 0
+            expected = -(-rows * layer.experts // layer.global_experts)
         return LayerProblem(
             experts=layer.experts,
             hidden=layer.hidden,
@@ -134,7 +156,7 @@ class LayerPlan:
         )
 
     def _chain(self, plan: CallPlan) -> Chain:
-        choice, lists = select_layer(plan.problem, self.device.sm_count)
+        choice, lists = select_layer(plan.problem, manifest.default(), self.device.sm_count)
         if launch.LOG_SELECT:
             print("\n".join(lists), file=sys.stderr)
             apart = "a launch of their own" if choice.quantises_apart else "no launch of their own"
@@ -145,6 +167,7 @@ class LayerPlan:
         """The rules for a call's addresses. The first lines find a sign of trouble; the rest says which."""
         x, weights, ids = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr
         to, end = out.ptr, out.ptr + plan.span_out
+        (w1, w1_end), (w2, w2_end) = self._spans
         if (
             not ((x | to) & 15 or weights & 3 or ids & plan.ids_mask or out.readonly)
             and x
@@ -152,7 +175,8 @@ class LayerPlan:
             and weights
             and ids
             and (to >= x + plan.span_x or x >= end)
-            and all(to >= last or first >= end for first, last in self._spans)
+            and (to >= w1_end or w1 >= end)
+            and (to >= w2_end or w2 >= end)
         ):
             return
         validate.writable(out, "out")
@@ -175,7 +199,9 @@ class LayerPlan:
         if workspace is None:
             raise TypeError("workspace: expected an array, got None")
         validate.writable(workspace, "workspace")
-        base = workspace_base(workspace.ptr, plan.call.workspace_bytes or 0, needed)
+        enough = "FusedMoE.workspace_size gives how many"
+        base = workspace_base(workspace.ptr, plan.call.workspace_bytes or 0, needed, enough)
+        check_present((("workspace", workspace.ptr),))
         others = (("x", given.x.ptr, plan.call.x), ("out", out.ptr, plan.call.out), *self._matrices)
         check_workspace(base, needed, others)
         return base

@@ -13,6 +13,7 @@ from .arguments import device_of, refuse_for_numpy
 from .arguments import scale as take_scale
 from .memory import check_alignment, check_overlap, check_present
 from .moe_validate import E4M3, PER_TENSOR, PER_TOKEN, STATIC, Quantisation, take_quantisation
+from .validate import Matrix
 
 
 def quantize_fp8(
@@ -109,7 +110,7 @@ def _quantize_on_device(
 
 
 def _check_addresses(call: Quantisation, x: Array, q: Array, scale: Any, written: Array | None) -> None:
-    """Raises ValueError for arrays that have no memory, or not where they may."""
+    """Raises ValueError for arrays that have no memory, or not where they may, or share it."""
     if not call.tokens:
         return
     floats = [
@@ -123,11 +124,12 @@ def _check_addresses(call: Quantisation, x: Array, q: Array, scale: Any, written
             *((n, e.ptr, 4) for n, e in floats),
         ]
     )
-    check_overlap("out", q.ptr, call.q, (("x", x.ptr, call.x),))
-    if written is not None:
-        values = math.prod(written.shape)
-        others = (("x", x.ptr, call.x), ("out", q.ptr, call.q))
-        check_overlap("out_scale", written.ptr, validate.Matrix(1, values, values, 4), others)
+    spans = [(n, e.ptr, Matrix(1, math.prod(e.shape), math.prod(e.shape), 4)) for n, e in floats]
+    read = ("x", x.ptr, call.x)
+    check_overlap("out", q.ptr, call.q, (read, *(each for each in spans if each[0] == "scale")))
+    for name, address, span in spans:
+        if name == "out_scale":
+            check_overlap(name, address, span, (read, ("out", q.ptr, call.q)))
 
 
 def _launch(

@@ -106,7 +106,7 @@ def _route_on_device(
     addresses = [0 if array is None else ingest(array, "out", handle).ptr for array in made]
     _launch(device, call, ids, weights, experts, addresses, handle)
     inputs = [array for _, array in named if array is not None]
-    if framework == "jax":
+    if any(array.framework == "jax" for array in inputs):
         there = [array for array in made if array is not None]
         delivered = iter(deliver(there, inputs, handle, ordinal))
         made = [None if array is None else next(delivered) for array in made]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .. import manifest
+from ..manifest import Manifest
 from .model import Choice
 from .problem import Problem, takes_runs
 from .ranking import can_count, describe, select
@@ -93,15 +93,14 @@ def quantising_us(problem: LayerProblem, sms: int) -> float:
     return RATES[problem.arch].next_launch + 3.0 * values / dram(problem.arch, sms) / 1e3
 
 
-def select_layer(problem: LayerProblem, sms: int) -> tuple[LayerChoice, list[str]]:
+def select_layer(problem: LayerProblem, held: Manifest, sms: int) -> tuple[LayerChoice, list[str]]:
     """The kernels of a layer on a device of `sms` SMs, and the ranked lists that they come from, as text.
 
     Layers with nearly as many rows get the same: calls of every length would else each be ranked anew.
     Raises ValueError where no kernel fits, KeyError for an architecture without rates.
     """
-    return _select(
-        replace(problem, rows=_rounded(problem.rows), expected_rows=_rounded(problem.expected_rows)), sms
-    )
+    rounded = replace(problem, rows=_rounded(problem.rows), expected_rows=_rounded(problem.expected_rows))
+    return _select(rounded, held, sms)
 
 
 def _rounded(rows: int) -> int:
@@ -111,8 +110,7 @@ def _rounded(rows: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _select(problem: LayerProblem, sms: int) -> tuple[LayerChoice, list[str]]:
-    held = manifest.default()
+def _select(problem: LayerProblem, held: Manifest, sms: int) -> tuple[LayerChoice, list[str]]:
     lists = []
 
     def ranked(expected: Problem, whole: Problem) -> list[Choice]:
