@@ -131,6 +131,8 @@ class LayerPlan:
     def workspace_size(self, tokens: int, top_k: int, dtype: str) -> int:
         """Bytes of workspace that are enough for calls of up to so many tokens, whatever kernels run."""
         layer = self.layer
+        if not tokens:
+            return 0
         routes = moe_validate.Routes(tokens, top_k, layer.experts, layer.global_experts, True, True)
         rows = Matrix(tokens, layer.hidden, layer.hidden, validate.itemsize(dtype))
         partials = most_partials(self.device)
