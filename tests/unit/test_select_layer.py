@@ -12,7 +12,8 @@ from sm12x import manifest
 from sm12x.select import RATES, describe, fits, select
 from sm12x.select.layer import FP8, LayerProblem, _select, quantising_us, select_layer, with_all_rows
 from sm12x.select.model import measure
-from sm12x.select.problem import expected_groups, strip_of, units_upper_bound
+from sm12x.select.problem import expected_groups, strip_of, takes_runs, units_upper_bound
+from sm12x.select.ranking import can_count
 from sm12x.select.rates import FAMILIES, dram
 from unit.fake_driver import install
 from unit.layer_cases import INNER, TOP, E, H, T, make, run, tokens, weights
@@ -304,3 +305,23 @@ def test_the_lists_that_a_choice_comes_from(held):
     ranked = select(problem.up(64), held.gemms(role="up"), 170)
     assert lists[0] == describe(problem.up(64), ranked)
     assert len(select_layer(replace(problem, static=True), held, 170)[1]) == 2
+
+
+# What is kept, and what may not overflow.
+
+
+def test_layers_with_nearly_as_many_rows_get_the_same_choice(held):
+    one, other = (select_layer(layer(rows), held, 170) for rows in (2049, 2100))
+    assert one is other
+    assert select_layer(layer(200), held, 170) is not select_layer(layer(201), held, 170)
+
+
+def test_kernels_can_count_the_rows_that_may_come_not_only_those_expected(held):
+    """One expert here of 65,536: few rows are expected, but all may come, and unit counts have 32 bits."""
+    few = replace(layer(8), experts=1, hidden=4096, intermediate=14336)
+    most = replace(few, rows=65_536 * 8)
+    assert not can_count(most.up(most.rows), chosen(few, held).up.variant, 0, 188)
+    choice, _ = select_layer(most, held, 188)
+    for gemm, made in zip(with_all_rows(most, choice), (choice.up, choice.down), strict=True):
+        if made.least_units or takes_runs(made.variant):
+            assert can_count(gemm, made.variant, made.least_units, 188)

@@ -14,7 +14,7 @@
 /// Registers: a multiprocessor has 65,536, and warps lie on four quarters of it.
 ///   one atom a warp  10 warps, at most three in a quarter         168 each at most
 ///   more             12 warps: 4 producers (2 idle) and 8 MMA      120 and 192 each (setmaxnreg); with
-///                                               an activation 104 and 200
+///                                               an activation 136 and 184, or 104 and 200
 ///
 /// A stage is complete when its bytes have landed and both producers have arrived; it is empty when
 /// every MMA warp of the group that reads it has released it.
@@ -92,7 +92,7 @@ class PackedGemm {
   static constexpr int kTokensWarps =
       kQuantisesRows && kMovesRegisters && kTokens * kTileK >= 1024 ? 2 : 1;
   static constexpr int kThreads = 32 * (kProducerWarps + kMmaWarps);
-  static constexpr int kMmaRegisters = Operation::kMmaRegisters;
+  static constexpr int kMmaRegisters = Operation::mma_registers(Config::kSwapAb);
   static constexpr int kProducerRegisters = 3 * 168 - 2 * kMmaRegisters;
   static_assert(kMmaRegisters % 8 == 0 && kProducerRegisters % 8 == 0, "what setmaxnreg takes");
 

@@ -27,7 +27,8 @@ struct Product {
   struct Extra {};
   static constexpr int kStrip = 8;  // features that stay together
   static constexpr bool kQuantisesRows = false;
-  static constexpr int kMmaRegisters = 192;  // where registers move from the producers
+  // Of MMA warps, where registers move to them from the producers.
+  static constexpr int mma_registers(bool) { return 192; }
   static constexpr bool kLoadsWeightsEarly = false;
   static constexpr bool kReadsBoundsFresh = false;  // past L1
   struct Shared {};
@@ -57,7 +58,8 @@ struct Up {
   using Extra = sm12x_up_params;
   static constexpr int kStrip = Gated ? 16 : 8;  // 8 gates and their ups
   static constexpr bool kQuantisesRows = false;
-  static constexpr int kMmaRegisters = 200;
+  // An activation takes some, whichever way; with these no target spills.
+  static constexpr int mma_registers(bool swap_ab) { return swap_ab ? 184 : 200; }
   static constexpr bool kLoadsWeightsEarly = true;
   static constexpr bool kReadsBoundsFresh = false;
   using Shared = RouteCounter;
@@ -90,7 +92,7 @@ struct Down {
   using Extra = sm12x_down_params;
   static constexpr int kStrip = 8;
   static constexpr bool kQuantisesRows = true;
-  static constexpr int kMmaRegisters = 192;
+  static constexpr int mma_registers(bool) { return 192; }
   static constexpr bool kLoadsWeightsEarly = true;
   static constexpr bool kReadsBoundsFresh = true;
   struct Shared {};
