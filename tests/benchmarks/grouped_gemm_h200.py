@@ -36,9 +36,10 @@ from forced import forced_arguments  # noqa: E402
 from moe_batch import Batch, Expected, expected, make_batch, our_calls, random_fp8  # noqa: E402
 from peers import fastest_triton, torch_calls, torch_graph  # noqa: E402
 from read_floor import ReadFloor  # noqa: E402
+from run_facts import ceilings, command, versions  # noqa: E402
 
 import sm12x  # noqa: E402
-from sm12x import driver, manifest  # noqa: E402
+from sm12x import manifest  # noqa: E402
 from sm12x.select import Problem, select  # noqa: E402
 from sm12x.validation import shapes  # noqa: E402
 from sm12x.validation.device import Gpu, device_attribute  # noqa: E402
@@ -175,26 +176,6 @@ def as_row(
     }
 
 
-def ceilings(gpu: Gpu, floor: ReadFloor | None) -> dict[str, float]:
-    """GB/s of a copy (read plus written) and of the read-floor kernel, on 1 GiB and more."""
-    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    torch.cuda.synchronize()
-    found = {}
-    stream = torch.cuda.ExternalStream(gpu.stream)
-
-    def copy() -> None:
-        with torch.cuda.stream(stream):
-            target.copy_(source)
-
-    found["copy"] = Contender(copy, 1)
-    if floor is not None:
-        found["read"], _ = floor.best([[source.data_ptr()], [target.data_ptr()]], source.numel())
-    times = interleave(gpu, found, 15)
-    moved = {"copy": 2 * source.numel(), "read": source.numel()}
-    return {f"{name}_gb_per_s": round(moved[name] / times[name].median_us / 1e3) for name in found}
-
-
 SHOWN = ("sm12x", "sm12x gather", "triton", "torch", "read_floor")
 
 
@@ -315,16 +296,6 @@ def main() -> int:
     return 0 if report.held and not result["not_run"] and not result["failed"] else 1
 
 
-def command(arguments: list[str]) -> str:
-    """The command line without the paths of results, which mean nothing elsewhere."""
-    kept = ["python", f"tests/benchmarks/{Path(arguments[0]).name}"]
-    paths = ("--json", "--markdown", "--plot", "--peer")
-    for before, each in zip(["", *arguments[1:]], arguments[1:], strict=False):
-        if each.split("=")[0] not in paths and before not in paths:
-            kept.append(each)
-    return " ".join(kept)
-
-
 def write(result: dict[str, Any], report: gates.Report, options: argparse.Namespace) -> Path:
     """The result file, the table beside it, and the plot where one is wanted."""
     name = f"{result['date']}_grouped_gemm_{platform.node() or 'host'}.json"
@@ -339,18 +310,6 @@ def write(result: dict[str, Any], report: gates.Report, options: argparse.Namesp
         except ImportError as error:
             print(f"no plot: {error}")
     return path
-
-
-def versions() -> dict[str, str]:
-    found = {"sm12x": sm12x.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "cupy", "cuda.bindings"):
-        try:
-            found[name] = __import__(name, fromlist=["__version__"]).__version__
-        except ImportError:
-            continue
-    number = driver.get_driver().version
-    found["driver"] = f"CUDA {number // 1000}.{number % 1000 // 10}"
-    return found
 
 
 if __name__ == "__main__":

@@ -133,8 +133,10 @@ def make_call(
     a_scale: torch.Tensor,
     b_scale: torch.Tensor,
     top_k: int,
+    topk_weights: torch.Tensor | None = None,
 ) -> Callable[[], None]:
-    """One launch: a (rows / top_k, K), b (E, N, K), out (rows, N); a_scale per row of a, b_scale (E, N)."""
+    """One launch: a (rows / top_k, K), b (E, N, K), out (rows, N); a_scale per row of a, b_scale (E, N). Rows
+    of out are multiplied by `topk_weights` (rows,) where they are given."""
     import triton
     import triton.language as tl
 
@@ -150,7 +152,7 @@ def make_call(
         None,
         a_scale,
         b_scale,
-        None,
+        topk_weights,
         blocks.row_ids,
         blocks.expert_of_block,
         blocks.padded_rows,
@@ -164,7 +166,7 @@ def make_call(
         "BLOCK_SIZE_K": config.k,
         "GROUP_SIZE_M": 16,
         "SPLIT_K": 1,
-        "MUL_ROUTED_WEIGHT": False,
+        "MUL_ROUTED_WEIGHT": topk_weights is not None,
         "top_k": top_k,
         "compute_type": tl.bfloat16,
         "use_fp8_w8a8": True,

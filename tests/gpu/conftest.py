@@ -1,9 +1,10 @@
 """Skips, seeds and progress records of the GPU tests.
 
 Every test here needs a CUDA device that the shipped cubins cover: SM120, SM121, or SM90 for the twin build.
-Where there is none, each test skips and says why. SM12X_TEST_SEED repeats a run's random inputs;
-SM12X_GPU_RECORD names a file that gets one JSON line per test start and outcome (tests/gpu/run reads it, also
-after a hang).
+Where there is none, each test skips and says why; but with SM12X_BACKEND=emulator those in EMULATED run on
+the CPU, on emulated kernels, so that the tests themselves can be tried. SM12X_TEST_SEED repeats a run's
+random inputs; SM12X_GPU_RECORD names a file that gets one JSON line per test start and outcome (tests/gpu/run
+reads it, also after a hang).
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ RECORD = os.environ.get("SM12X_GPU_RECORD")
 # A kernel that hangs blocks the interpreter inside the driver: only a watchdog thread can end the process
 # then.
 HANG_SECONDS = float(os.environ.get("SM12X_GPU_HANG_SECONDS", "0"))
+
+
+# Files whose tests also run on the CPU.
+EMULATED = ("test_fused_moe.py", "test_moe_parts.py")
+ON_EMULATOR = os.environ.get("SM12X_BACKEND") == "emulator"
 
 
 def _skip_reason() -> str | None:
@@ -58,6 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if HERE in Path(str(item.path)).resolve().parents:
+            if ON_EMULATOR and Path(str(item.path)).name in EMULATED:
+                continue
             item.add_marker(pytest.mark.skip(reason=f"GPU tests: {SKIP_REASON}"))
 
 

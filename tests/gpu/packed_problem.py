@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch_reference import DTYPES, E4M3_NAN, GUARD_ROWS, as_float64, in_poison, random_e4m3, ulp
+from torch_reference import DEVICE, DTYPES, E4M3_NAN, GUARD_ROWS, as_float64, in_poison, random_e4m3, ulp
 
 from sm12x.validation.cases import Scales, make_scales, offsets_of
 
@@ -164,7 +164,7 @@ def grouped_products(
 
 def guarded(values: torch.Tensor, guard: float) -> torch.Tensor:
     """A copy of `values` with four elements of `guard` on each side."""
-    buffer = torch.full((values.numel() + 8,), guard, dtype=values.dtype, device="cuda")
+    buffer = torch.full((values.numel() + 8,), guard, dtype=values.dtype, device=DEVICE)
     inner = buffer[4 : 4 + values.numel()]
     inner.copy_(values.reshape(-1))
     return inner.view(values.shape)
@@ -333,7 +333,7 @@ class GuardedOut:
         count = groups[0] if groups else 1
         pitch = self.most + self.gap
         whole = torch.int32 if dtype == "float32" else torch.int16
-        self.buffer = torch.empty((count * pitch + 2 * GUARD_ROWS, n + row_pad), dtype=whole, device="cuda")
+        self.buffer = torch.empty((count * pitch + 2 * GUARD_ROWS, n + row_pad), dtype=whole, device=DEVICE)
         self.poison()
         inner = self.buffer[GUARD_ROWS : GUARD_ROWS + count * pitch].view(DTYPES[dtype])
         self.out = inner.view(count, pitch, n + row_pad)[:, : self.most, :n]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TOOLS = ("memcheck", "racecheck", "synccheck")
-FAMILIES = ("fp8_ptr_array", "fp8_packed")
+FAMILIES = ("fp8_ptr_array", "fp8_packed", "layer")
 LEDGER = HERE / "sanitizer_ledger.json"
 _STARTS = re.compile(
     r"^========= (?:(?:Error|Warning|Info): )?"
@@ -65,7 +65,7 @@ def run_tool(
     tool: str, family: str, logs: Path, budget: float, environment: dict[str, str], baselines: list[str]
 ) -> tuple[bool, float, str, list[str]]:
     """(passed, seconds, summary, failures) of one tool on the cases of one family. The ledger and baselines
-    are for fp8_ptr_array; of fp8_packed, whose kernel layer is ours, nothing may be reported."""
+    are for fp8_ptr_array; of fp8_packed and of layers, whose kernels are ours, nothing may be reported."""
     start = time.monotonic()
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():

@@ -5,8 +5,9 @@ allocation.
     [--variant KEY]
 
 Exits with 1 where a result is wrong. tests/gpu/run runs it under memcheck, racecheck and synccheck. What they
-say of fp8_ptr_array, whose kernel shell is CUTLASS's, is compared with sanitizer_ledger.json; of fp8_packed,
-whose kernel layer is ours, they may say nothing.
+say of fp8_ptr_array, whose kernel shell is CUTLASS's, is compared with sanitizer_ledger.json; of fp8_packed
+and of the kernels of an expert layer (family "layer", sanitizer_layers.py), which are ours, they may say
+nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "runtime"), str(Path(__file__).resolve().parent)]
 
 from forced import Forced, forced  # noqa: E402
+from sanitizer_layers import layer_cases  # noqa: E402
 
 import sm12x  # noqa: E402
 from sm12x.manifest import Variant  # noqa: E402
@@ -32,7 +34,7 @@ from sm12x.validation.device import Gpu  # noqa: E402
 from sm12x.validation.variants import gemm_variants  # noqa: E402
 
 FP8 = "float8_e4m3fn"
-FAMILIES = ("fp8_ptr_array", "fp8_packed")
+FAMILIES = ("fp8_ptr_array", "fp8_packed", "layer")
 OUTS = ("bfloat16", "float16", "float32")
 Case = tuple[str, float]  # what ran, and the error over its bound
 
@@ -212,7 +214,7 @@ def main() -> int:
     gpu = Gpu.open(0)
     rng = np.random.default_rng()
     failed = ran = 0
-    for family, cases in zip(FAMILIES, (ptr_array_cases, packed_cases), strict=True):
+    for family, cases in zip(FAMILIES, (ptr_array_cases, packed_cases, layer_cases), strict=True):
         if options.family not in (None, family):
             continue
         for case, ratio in cases(gpu, options.quick, options.variant, rng):

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from sm12x.validation.cases import Scales, offsets_of
 
+# The tests of expert layers also run on the CPU, where SM12X_BACKEND=emulator has kernels emulated.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Significand bits and the exponent of the smallest ulp.
 FORMATS = {"bfloat16": (8, -133), "float16": (11, -24), "float32": (24, -149)}

@@ -4,6 +4,8 @@ device).
 
 from __future__ import annotations
 
+import os
+
 from forced import Forced, forced
 
 from sm12x.manifest import Variant
@@ -19,11 +21,13 @@ def _arch() -> str:
             return f"sm_{major}{minor}a"
     except ImportError:
         pass
-    return "sm_90a"
+    # SM12X_BACKEND=emulator: kernels of an emulated RTX 5090.
+    return "sm_120a" if os.environ.get("SM12X_BACKEND") == "emulator" else "sm_90a"
 
 
-VARIANTS: list[Variant] = gemm_variants(_arch())
-FORCED: list[Forced] = forced(_arch())
+ARCH = _arch()
+VARIANTS: list[Variant] = gemm_variants(ARCH)
+FORCED: list[Forced] = forced(ARCH)
 
 
 def key(variant: Variant) -> str:
@@ -36,4 +40,4 @@ def name(each: Forced) -> str:
     return each.argument
 
 
-__all__ = ["FORCED", "VARIANTS", "Forced", "Variant", "key", "name"]
+__all__ = ["ARCH", "FORCED", "VARIANTS", "Forced", "Variant", "key", "name"]
