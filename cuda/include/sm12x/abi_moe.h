@@ -60,6 +60,33 @@ typedef struct sm12x_down_params {
   int32_t reserved;
 } sm12x_down_params;
 
+/* A whole expert layer of few tokens in one launch (family fp8_layer). Rows lie in the order of the routes:
+ * route j of token t has row t * top_k + j of h and y, and no row is written for a route without a local expert.
+ * up.gemm.a is x, (tokens, k) of `type`, and up.gemm.d h, (routes, I); down.a is h and down.d y, (routes, n),
+ * all of `type`; the kernel quantises the rows of x and h on their way in, each by its own largest magnitude, as
+ * sm12x_down_params has it. up.topk_ids is not 0; bounds, row_index, a_scale, row_weight, row_maxima, d_scale,
+ * partials and counters of either are not read. down.map_b has boxes of 16, 32, 64 and 128 features.
+ *
+ * At most SM12X_MOST_COUNTED_EXPERTS experts, SM12X_LAYER_ROUTES routes and 16 * SM12X_LAYER_STRIPS features
+ * of y. The grid may be of any size: no CTA waits for one that is not running. */
+#define SM12X_LAYER_ROUTES 512
+#define SM12X_LAYER_STRIPS 1024
+#define SM12X_LAYER_STATE 4 /* words in front of those of the strips */
+
+typedef struct sm12x_layer_params {
+  sm12x_up_params up;
+  sm12x_packed_params down;
+  uint64_t topk_weights; /* float (tokens, top_k), or 0: all count as 1 */
+  uint64_t out;          /* (tokens, down.n) of type */
+  uint64_t
+      state; /* uint32_t[SM12X_LAYER_STATE + SM12X_LAYER_STRIPS], zero before the launch and after it */
+  int64_t stride_out;
+  int32_t tokens;
+  int32_t top_k;
+  int32_t type; /* SM12X_OUT_BFLOAT16 or SM12X_OUT_FLOAT16 */
+  int32_t reserved;
+} sm12x_layer_params;
+
 /* Types of rows that are read or written: those of d, enum sm12x_out_type. */
 
 /* Where the scale of a quantised row comes from. */

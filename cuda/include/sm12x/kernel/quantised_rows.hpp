@@ -42,11 +42,12 @@ class QuantisedRows {
   static constexpr int kPasses = Tokens / kRowsAtOnce / Warps;
   static_assert(kPasses * kRowsAtOnce * Warps == Tokens);
   // K-tiles whose rows are in flight: as many as the producers' registers hold.
-  static constexpr int kDepth = kPasses <= 2 ? 4 : kPasses <= 4 ? 2 : 1;
+  static constexpr int kDepth = kPasses <= 2 || Warps == 1 ? 4 : kPasses <= 4 ? 3 : 1;
 
-  // Rows of a pass lie together, the passes of a warp behind each other.
+  // Rows of a pass lie together. Warps take them in turns, so that few rows keep all busy.
+  __device__ int first_row_of(int pass) const { return (pass * Warps + warp_) * kRowsAtOnce; }
   __device__ int row_of(int pass) const {
-    return (warp_ * kPasses + pass) * kRowsAtOnce + int(threadIdx.x) % 32 / kLanes;
+    return first_row_of(pass) + int(threadIdx.x) % 32 / kLanes;
   }
 
   template <class Element, class Ring, class State, class To>
@@ -91,8 +92,11 @@ class QuantisedRows {
         uint2 codes[kPasses];
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
-          codes[pass] =
-              epilogue::quantised_chunk<Element>(values[i][pass], epilogue::Quotient(scale[pass]));
+          codes[pass] = {};
+          if (first_row_of(pass) < work.rows) {  // most passes of most tiles have no row
+            codes[pass] = epilogue::quantised_chunk<Element>(values[i][pass],
+                                                             epilogue::Quotient(scale[pass]));
+          }
         }
         fetch(k + kDepth, values[i]);
         ring.wait_empty(state);
