@@ -45,6 +45,10 @@ SM12X_ROUTE_PLACE = 2
 SM12X_ROUTES_PER_CTA = 8192
 SM12X_MOST_COUNTED_EXPERTS = 256
 
+SM12X_LAYER_ROUTES = 512
+SM12X_LAYER_STRIPS = 1024
+SM12X_LAYER_STATE = 4
+
 SM12X_ROWS_PACKED = 0
 SM12X_ROWS_MASKED = 1
 
@@ -257,6 +261,22 @@ class sm12x_down_params(ctypes.Structure):
     ]
 
 
+class sm12x_layer_params(ctypes.Structure):
+    _fields_ = [
+        ("up", sm12x_up_params),
+        ("down", sm12x_packed_params),
+        ("topk_weights", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("state", ctypes.c_uint64),
+        ("stride_out", ctypes.c_int64),
+        ("tokens", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("_tail", ctypes.c_uint8 * 16),
+    ]
+
+
 class sm12x_quantize_params(ctypes.Structure):
     _fields_ = [
         ("x", ctypes.c_uint64),
@@ -348,6 +368,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
         sm12x_packed_params,
         sm12x_up_params,
         sm12x_down_params,
+        sm12x_layer_params,
         sm12x_quantize_params,
         sm12x_maxima_params,
         sm12x_route_params,

@@ -22,9 +22,16 @@ PACKAGE = Path(__file__).resolve().parent
 MAJORS = ("cu12", "cu13")
 GRID_AXES = ("x", "y")
 # Tensor maps that the params struct of a GEMM kernel begins with, in its order. Of b there may be several.
-_PACKED_LAYER = ("sm12x_packed_params", "sm12x_up_params", "sm12x_down_params")
-TENSOR_MAPS = {"sm12x_ptr_array_params": ("a", "b", "d"), **dict.fromkeys(_PACKED_LAYER, ("a", "b"))}
-GEMM_ROLES = ("gemm", "up", "down")  # grouped_gemm's kernels, and the two of an expert layer
+# A kernel of a whole expert layer has those of both GEMMs' weights, in the structs inside of its own.
+_PACKED_GEMMS = ("sm12x_packed_params", "sm12x_up_params", "sm12x_down_params")
+_PACKED_LAYER = (*_PACKED_GEMMS, "sm12x_layer_params")
+TENSOR_MAPS = {
+    "sm12x_ptr_array_params": ("a", "b", "d"),
+    **dict.fromkeys(_PACKED_GEMMS, ("a", "b")),
+    "sm12x_layer_params": ("b", "b2"),
+}
+# grouped_gemm's kernels, the two of an expert layer, and those that do all of a layer.
+GEMM_ROLES = ("gemm", "up", "down", "layer")
 # Kernels that wait for what is ahead of them where they are launched so that they may begin before.
 _PDL_PARAMS = (
     *_PACKED_LAYER,
@@ -74,12 +81,13 @@ class Variant:
 
     `threads` per CTA; `shared_memory` is dynamic, in bytes; `grid_axis` carries the CTAs; `workspace_per_cta`
     is bytes of tensor maps, or of split-K partials in the family fp8_packed. There `mma_warps` counts the
-    warps that share a tile, each of which finishes its part of it, and `weight_maps` the tensor maps of b:
-    each has boxes of twice as many features as the one before, the first those of `tensor_maps`.
+    warps that share a tile, each of which finishes its part of it, and `weight_maps` the tensor maps of b (a
+    kernel of a whole layer: and of b2): each has boxes of twice as many features as the one before, the first
+    those of `tensor_maps`.
     Preparation kernels (`role` "prepare_packed", "prepare_list") have no tile, types or tensor maps. `outs`:
     types of D that it can write. `pdl`: launched so that it may begin before what is ahead of it in the
     stream has ended. `token_step`: a tile computes its tokens in steps of so many and skips those past the
-    group's end; 0 means that it computes the whole tile. `gated`: GEMM1 of gates and ups.
+    group's end; 0 means that it computes the whole tile. `gated`: its GEMM1 is of gates and ups.
     """
 
     key: str
@@ -135,7 +143,7 @@ class Manifest:
 
     def gemms(self, family: str | None = None, role: str = "gemm") -> tuple[Variant, ...]:
         """The GEMM kernels in the manifest's order: grouped_gemm's, or with `role` "up" or "down" those of an
-        expert layer."""
+        expert layer, with "layer" those that do all of one."""
         return tuple(
             v for v in self.variants.values() if v.role == role and (family is None or v.family == family)
         )

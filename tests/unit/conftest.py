@@ -14,6 +14,14 @@ def layer_root(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def whole_root(tmp_path_factory):
+    """The same with kernels that do all of a layer."""
+    root = tmp_path_factory.mktemp("cubins")
+    write_family(root, layer=True, whole=True)
+    return root
+
+
 @pytest.fixture(autouse=True)
 def forget_fake_drivers():
     """Tests of other folders may run in this process next: they must not see a fake's cubins or devices."""

@@ -35,6 +35,9 @@ UP = [
 ]
 UP_OUTS = ["bfloat16", "float16", "float8_e4m3fn"]
 DOWN = PACKED[:2]
+# Of all of an expert layer, with gates and without.
+WHOLE_OUTS = ["bfloat16", "float16"]
+WHOLE = [("128x8x128_swap", (128, 8, 128), "pingpong", True, 384, 98304, 0, 8)]
 # (key, family, role, params, threads)
 SMALL = [
     ("moe_route", "moe_route", "route", "sm12x_route_params", 512),
@@ -58,10 +61,16 @@ def abi_record() -> dict[str, Any]:
 
 
 def write_family(
-    root, archs=("sm_120a", "sm_121a", "sm_90a"), majors=("cu12", "cu13"), packed=False, layer=False
+    root,
+    archs=("sm_120a", "sm_121a", "sm_90a"),
+    majors=("cu12", "cu13"),
+    packed=False,
+    layer=False,
+    whole=False,
 ):
     """The family fp8_ptr_array with made-up cubins under `root`, the way the build lays it out; with `packed`
-    fp8_packed too, with `layer` also all that an expert layer needs."""
+    fp8_packed too, with `layer` also all that an expert layer needs, with `whole` the kernels that do all of
+    one besides."""
     variants = {}
 
     def add(key, kernel):
@@ -136,6 +145,9 @@ def write_family(
             add(*_packed_kernel("fp8_up", "up", "sm12x_up_params", UP_OUTS, *row, gated=gated))
     for row in DOWN if layer else ():
         add(*_packed_kernel("fp8_down", "down", "sm12x_down_params", PACKED_OUTS, *row))
+    for row in WHOLE if whole else ():
+        for gated in (False, True):
+            add(*_packed_kernel("fp8_layer", "layer", "sm12x_layer_params", WHOLE_OUTS, *row, gated=gated))
     for key, family, role, params, threads in SMALL if layer else ():
         facts = {"threads": threads, "shared_memory": 0, "grid_axis": "x", "workspace_per_cta": 0}
         add(key, {"family": family, "role": role, "params": params, "pdl": True, **facts})
@@ -150,10 +162,12 @@ def _packed_kernel(
 ):
     """Key and facts of a kernel on the packed layer."""
     token, feature = (tile[1], tile[0]) if swap else (tile[0], tile[1])
-    least = (16 if gated else 8) if swap else feature  # features of the smallest box
+    whole = role == "layer"
+    least = (16 if gated or whole else 8) if swap else feature  # features of the smallest box
+    boxes = [("a", 3, token), ("b", 5 if gated else 3, least), ("b2", 3, least)]
     maps = {
         name: {"rank": rank, "box": [tile[2], rows], "swizzle": tile[2], "element_bytes": 1}
-        for name, rank, rows in (("a", 3, token), ("b", 5 if gated else 3, least))
+        for name, rank, rows in (boxes[1:] if whole else boxes[:2])
     }
     return f"{family}_{'gated_' if gated else ''}{stem}", {
         "family": family,
@@ -175,5 +189,5 @@ def _packed_kernel(
         "mma_warps": warps,
         "weight_maps": (feature // least).bit_length(),
         "tensor_maps": maps,
-        **({"gated": gated} if role == "up" else {}),
+        **({"gated": gated} if role in ("up", "layer") else {}),
     }

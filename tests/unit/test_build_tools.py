@@ -39,6 +39,7 @@ NAMES = """.global .b8 _ZN_INTERNAL_{path}_4_t_cu_{content}36_GLOBAL__N__{path}_
 \tret;
 }}
 """
+LAYER_INFO = [384, 99840, 6, 0, 0, 8, 4, 5, 128, 16, 128, 1, 3, 128, 16, 128, 1]
 PACKED_INFO = [320, 98384, 3, 0, 65536, 8, 5, 3, 128, 128, 128, 1, 3, 128, 8, 128, 1]
 GEMM_INFO = [384, 98304, 5, 1, 1792, 2, 128, 128, 128, 1, 2, 128, 16, 128, 1, 2, 64, 16, 0, 2]
 
@@ -274,9 +275,22 @@ def test_packed_kernels_state_their_mma_warps_their_weight_maps_and_two_boxes() 
     }
 
 
+def test_a_kernel_of_a_whole_layer_states_the_boxes_of_both_weights() -> None:
+    facts = ptx.variant_facts(_info_as_bytes(LAYER_INFO), "fp8_layer", "layer")
+    assert (facts["threads"], facts["mma_warps"], facts["workspace_per_cta"]) == (384, 8, 0)
+    assert (facts["stages"], facts["weight_maps"]) == (6, 4)
+    assert facts["tensor_maps"] == {
+        "b": {"rank": 5, "box": [128, 16], "swizzle": 128, "element_bytes": 1},
+        "b2": {"rank": 3, "box": [128, 16], "swizzle": 128, "element_bytes": 1},
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "family", "role", "expected"),
     [
+        (_info_as_bytes(LAYER_INFO[:-5]), "fp8_layer", "layer", "17 numbers, got 12"),
+        (_info_as_bytes([*LAYER_INFO[:-2], 96, 1]), "fp8_layer", "layer", "tensor map of b2"),
+        (_info_as_bytes([*LAYER_INFO[:-3], 64, 128, 1]), "fp8_layer", "layer", "4 maps of b2 from 64"),
         ("", "fp8_ptr_array", "gemm", "found 0"),
         (_info_as_bytes([32, 1, 0, 0, 128]), "fp8_ptr_array", "gemm", "20 numbers, got 5"),
         (_info_as_bytes(GEMM_INFO), "fp8_packed", "gemm", "17 numbers, got 20"),

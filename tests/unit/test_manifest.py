@@ -66,6 +66,21 @@ def test_load_gives_every_fact_of_a_packed_variant(root):
     assert (prepare.outs, prepare.out) == ((), "")
 
 
+def test_load_gives_every_fact_of_a_kernel_of_a_whole_layer(whole_root):
+    held = manifest.load(whole_root)
+    kernels = {variant.gated: variant for variant in held.gemms(role="layer")}
+    assert kernels.keys() == {True, False}
+    for gated, variant in kernels.items():
+        assert (variant.family, variant.params) == ("fp8_layer", "sm12x_layer_params")
+        assert (variant.pdl, variant.mma_warps, variant.weight_maps) == (True, 8, 4)
+        assert (variant.workspace_per_cta, variant.token_tile, variant.feature_tile) == (0, 8, 128)
+        assert variant.tensor_maps == {
+            "b": manifest.TensorMap(5 if gated else 3, (128, 16), 128, 1),
+            "b2": manifest.TensorMap(3, (128, 16), 128, 1),
+        }
+    assert {variant.role for variant in held.gemms()} == {"gemm"}, "grouped_gemm never gets them"
+
+
 @pytest.mark.parametrize(
     "edit",
     [

@@ -12,9 +12,14 @@ INFO_SYMBOL = "sm12x_variant_info"
 _GRID_AXES = ("x", "y")
 _INFO_HEAD = ("threads", "shared_memory", "stages", "grid_axis", "workspace_per_cta")
 # What the GEMM kernels of a family state beyond the head: more numbers, then tensor maps.
-_PACKED_LAYER = ("fp8_packed", "fp8_up", "fp8_down")
+_PACKED_GEMMS = ("fp8_packed", "fp8_up", "fp8_down")
+_PACKED_LAYER = (*_PACKED_GEMMS, "fp8_layer")
 _GEMM_NUMBERS = {"fp8_ptr_array": (), **dict.fromkeys(_PACKED_LAYER, ("mma_warps", "weight_maps"))}
-_GEMM_MAPS = {"fp8_ptr_array": ("a", "b", "d"), **dict.fromkeys(_PACKED_LAYER, ("a", "b"))}
+_GEMM_MAPS = {
+    "fp8_ptr_array": ("a", "b", "d"),
+    **dict.fromkeys(_PACKED_GEMMS, ("a", "b")),
+    "fp8_layer": ("b", "b2"),  # w1's and w2's
+}
 _MAP_NUMBERS = 5  # rank, box0, box1, swizzle, element_bytes
 _MOST_WEIGHT_MAPS = 6  # SM12X_WEIGHT_MAPS of abi_packed.h
 _INTERNAL = re.compile(r"_INTERNAL_([0-9a-f]{8})_(\d+)_")
@@ -147,8 +152,10 @@ def variant_facts(text: str, family: str, role: str) -> dict[str, Any]:
         rank, box0, box1, swizzle, element_bytes = words[start : start + _MAP_NUMBERS]
         if not 1 <= rank <= 5 or swizzle not in (0, 32, 64, 128) or not 0 < max(box0, box1) <= 256:
             raise BuildError(f"{INFO_SYMBOL}: the tensor map of {name} makes no sense: {words}")
-        if name == "b" and box1 << facts.get("weight_maps", 1) - 1 > 256:
-            raise BuildError(f"{INFO_SYMBOL}: {facts['weight_maps']} maps of b from {box1} features: {words}")
+        if name in ("b", "b2") and box1 << facts.get("weight_maps", 1) - 1 > 256:
+            raise BuildError(
+                f"{INFO_SYMBOL}: {facts['weight_maps']} maps of {name} from {box1} features: {words}"
+            )
         maps[name] = {"rank": rank, "box": [box0, box1], "swizzle": swizzle, "element_bytes": element_bytes}
     if maps:
         facts["tensor_maps"] = maps

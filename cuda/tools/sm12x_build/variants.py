@@ -20,8 +20,8 @@ _KEY = re.compile(r"[a-z][a-z0-9_]*")
 _COMMON = {"key": str, "source": str, "family": str, "role": str, "params": str}
 _GEMM = {"tile": list, "schedule": str, "swap_ab": bool, "a": str, "b": str, "mma": str}
 _PROBE = {"mma": str}
-# Kernels that multiply: grouped_gemm's, and the two of an expert layer.
-GEMM_ROLES = ("gemm", "up", "down")
+# Kernels that multiply: grouped_gemm's, the two of an expert layer, and those that do all of a layer.
+GEMM_ROLES = ("gemm", "up", "down", "layer")
 # In the manifest where the row has them.
 _OPTIONAL_FACTS = {"out": str, "outs": list, "token_step": int, "gated": bool}
 # For the build alone.
