@@ -1,4 +1,4 @@
-"""Counters of split-K launches: zeroed device memory that belongs to a workspace.
+"""Counters of split-K and whole-layer launches: zeroed device memory that belongs to a workspace.
 
 A launch finds its counters zero and leaves them so. They are kept by the workspace's address: calls that
 share a workspace follow each other on one stream, and so do calls that get the same temporary memory, so that
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 
-from . import driver, manifest
+from . import abi, driver, manifest
 
 BLOCKS_PER_CHUNK = 64
 _ALIGNMENT = 256
@@ -20,9 +20,11 @@ _lock = threading.Lock()
 
 
 def block_bytes(device: driver.Device) -> int:
-    """Bytes of counters that are enough for every split-K launch on a device: one for each MMA warp."""
+    """Bytes of counters that are enough for every launch on a device: split-K has one for each MMA warp, a
+    whole layer its state and one for each strip of features."""
     warps = max((v.mma_warps for v in manifest.default().gemms()), default=0)
-    return -(-4 * device.sm_count * warps // _ALIGNMENT) * _ALIGNMENT
+    words = max(device.sm_count * warps, abi.SM12X_LAYER_STATE + abi.SM12X_LAYER_STRIPS)
+    return -(-4 * words // _ALIGNMENT) * _ALIGNMENT
 
 
 def counters_of(device: driver.Device, workspace: int) -> int:

@@ -1,4 +1,4 @@
-"""Counters of split-K: zeroed once, one block for each workspace of a device, none shared."""
+"""Counters of launches: zeroed once, one block for each workspace of a device, none shared."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import threading
 import pytest
 
 import sm12x
-from sm12x import counters, driver
-from unit.fake_driver import CONTEXT, install
+from sm12x import abi, counters, driver
+from unit.fake_driver import CONTEXT, FakeGpu, install
 
 HIGH = 0x7E00_0000_0000
 
@@ -40,6 +40,14 @@ def test_a_block_has_a_counter_for_each_mma_warp_of_the_largest_grid(fake):
     device = driver.get_device(0)
     assert counters.block_bytes(device) >= 4 * 8 * device.sm_count
     assert counters.block_bytes(device) % 256 == 0
+
+
+@pytest.mark.parametrize("sms", [1, 48, 170])
+def test_a_block_holds_the_state_of_a_whole_layer_however_few_sms_there_are(monkeypatch, tmp_path, sms):
+    install(monkeypatch, tmp_path, packed=True, gpus=[FakeGpu(sm_count=sms)])
+    size = counters.block_bytes(driver.get_device(0))
+    assert size >= 4 * (abi.SM12X_LAYER_STATE + abi.SM12X_LAYER_STRIPS)
+    assert size % 256 == 0
 
 
 def test_devices_share_nothing(fake):
