@@ -17,8 +17,8 @@ class FusedMoE:
 
     The constructor takes what `fused_moe` takes but x, topk_weights, topk_ids, out, workspace and stream,
     with the same meaning; it checks them, makes the tensor maps and keeps the arrays alive. A call checks
-    what it brings and launches: four or five kernels (one more for over 8,192 routes), one after the other,
-    nothing else.
+    what it brings and launches: one kernel where rows are few, else four or five (one more for over 8,192
+    routes), one after the other, nothing else.
 
     With `out` given, a call allocates nothing once another as large has run on its stream: without
     `workspace=` it uses memory of the library's own, one block for each stream, shared by all layers. Calls

@@ -12,8 +12,10 @@ from ..driver import EMULATED
 from ..select.layer import LayerProblem, select_layer
 from . import launch, moe_validate, validate
 from .memory import check_alignment, check_overlap, check_present, check_workspace, workspace_base
-from .moe_chain import Chain, make_chain, most_partials
+from .moe_chain import make_chain, most_partials
+from .moe_launches import Chain
 from .moe_validate import Call, CallArrays, Layer, LayerArrays, LayerOptions
+from .moe_whole import make_whole
 from .moe_workspace import lay_out
 from .row_layout import whole
 from .scratch import block_of
@@ -129,7 +131,8 @@ class LayerPlan:
             chain.run(stream, block.address, *addresses)
 
     def workspace_size(self, tokens: int, top_k: int, dtype: str) -> int:
-        """Bytes of workspace that are enough for calls of up to so many tokens, whatever kernels run."""
+        """Bytes of workspace that are enough for calls of up to so many tokens, whatever kernels run: what
+        several launches need, of which a launch for all of the layer has a part."""
         layer = self.layer
         if not tokens:
             return 0
@@ -155,12 +158,16 @@ class LayerPlan:
             rows=rows,
             expected_rows=expected,
             weighted=not layer.weight_on_input,
+            static_input=layer.a1_scale_mode is not None,
         )
 
     def _chain(self, plan: CallPlan) -> Chain:
         choice, lists = select_layer(plan.problem, manifest.default(), self.device.sm_count)
         if launch.LOG_SELECT:
             print("\n".join(lists), file=sys.stderr)
+        if choice.whole is not None:
+            return make_whole(self.device, self.layer, self.weights, plan.call, plan.problem, choice.whole)
+        if launch.LOG_SELECT:
             apart = "a launch of their own" if choice.quantises_apart else "no launch of their own"
             print(f"sm12x select: rows of the second GEMM: {apart}", file=sys.stderr)
         return make_chain(self.device, self.layer, self.weights, plan.call, plan.problem, choice)

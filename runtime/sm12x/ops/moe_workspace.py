@@ -58,11 +58,35 @@ def lay_out(layer: Layer, call: Call, *, quantises_apart: bool, partials: int) -
         "y": rows * layer.hidden * element,
         "partials": partials,
     }
+    starts, size = _behind_each_other(sizes)
+    return Layout(**starts, size=size)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeLayout:
+    """The same for a layer that is one launch: h and y of every route, in the routes' order. Never larger
+    than the layout of several launches."""
+
+    h: int
+    y: int
+    size: int
+
+
+def lay_out_whole(layer: Layer, call: Call) -> WholeLayout:
+    """The workspace of a call that is one launch."""
+    rows, element = call.routes.most_rows, itemsize(call.dtype)
+    sizes = {"h": rows * layer.intermediate * element, "y": rows * layer.hidden * element}
+    starts, size = _behind_each_other(sizes)
+    return WholeLayout(**starts, size=size)
+
+
+def _behind_each_other(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Where each part begins, and where the last one ends."""
     starts, at = {}, 0
     for name, size in sizes.items():
         starts[name] = at
         at += -(-size // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
-    return Layout(**starts, size=at)
+    return starts, at
 
 
 def route_ctas(routes: int) -> int:

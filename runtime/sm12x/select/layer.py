@@ -1,5 +1,5 @@
-"""Which kernels an expert layer runs: two GEMMs, and whether the rows of the second are quantised on their
-way in or by a launch of their own.
+"""Which kernels an expert layer runs: one that does all of it, or two GEMMs, and whether the rows of the
+second are quantised on their way in or by a launch of their own.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..manifest import Manifest
+from ..abi import SM12X_LAYER_ROUTES, SM12X_LAYER_STRIPS, SM12X_MOST_COUNTED_EXPERTS
+from ..manifest import Manifest, Variant
 from .model import Choice
 from .problem import Problem, takes_runs
 from .ranking import can_count, describe, select
@@ -17,6 +18,10 @@ from .rates import RATES, dram
 FP8 = "float8_e4m3fn"
 # The factor by which quantising rows apart must be faster to be worth a launch more: host time, and a gap.
 APART_GAINS = 1.05
+# Up to so many routes of all tokens, and so many rows that an expert may expect, one launch for all of a
+# layer is taken to be faster than several. Both assumed, to be measured. The kernel takes no more routes.
+MOST_WHOLE_ROUTES = SM12X_LAYER_ROUTES
+MOST_WHOLE_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,8 @@ class LayerProblem:
 
     `rows`: routes of all tokens, at most as many as rows of this device's experts; `expected_rows`: what of
     them this device may expect. `static`: the scale of the second GEMM's rows is known before, so that the
-    first one writes e4m3. `dtype`: that of the tokens and the result.
+    first one writes e4m3; `static_input`: that of the tokens is. `weighted`: router weights are on the
+    result, not on the input. `dtype`: that of the tokens and the result.
     """
 
     experts: int
@@ -38,6 +44,7 @@ class LayerProblem:
     rows: int
     expected_rows: int
     weighted: bool
+    static_input: bool = False
 
     def up(self, rows: int) -> Problem:
         """The first GEMM, on so many rows."""
@@ -75,11 +82,13 @@ class LayerProblem:
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """The kernels of a layer. `quantises_apart`: a launch between the GEMMs quantises the second's rows."""
+    """The kernels of a layer. `quantises_apart`: a launch between the GEMMs quantises the second's rows.
+    `whole`: the kernel that does all of the layer, instead of the others."""
 
     up: Choice
     down: Choice
     quantises_apart: bool
+    whole: Variant | None = None
 
     @property
     def us(self) -> float:
@@ -136,7 +145,55 @@ def _select(problem: LayerProblem, held: Manifest, sms: int) -> tuple[LayerChoic
             f"x: no kernel of an expert layer for {problem.dtype} on {problem.arch}"
             f"{'' if problem.gated else ', without gates'}"
         )
-    return LayerChoice(ups[0], *_down(problem, plain, quantising, sms)), lists
+    whole, reason = _whole(problem, held)
+    if reason:
+        lists.append(f"sm12x select: {reason}")
+    return LayerChoice(ups[0], *_down(problem, plain, quantising, sms), whole), lists
+
+
+def fits_whole(problem: LayerProblem, variant: Variant) -> str | None:
+    """None where `variant`, of the role "layer", can do all of the layer, else why not."""
+    most_hidden = 16 * SM12X_LAYER_STRIPS
+    for stands, why in (
+        (variant.gated != problem.gated, f"is for weights {'with' if variant.gated else 'without'} gates"),
+        (problem.dtype not in variant.outs, f"gives {' or '.join(variant.outs)}, not {problem.dtype}"),
+        (problem.arch not in variant.targets, f"has no cubin for {problem.arch}"),
+        (problem.static_input, "takes no a1_scale"),
+        (problem.static, "takes no a2_scale"),
+        (not problem.weighted, "takes no router weights on the input"),
+        (
+            problem.rows > SM12X_LAYER_ROUTES,
+            f"takes {SM12X_LAYER_ROUTES} routes at most, not {problem.rows}",
+        ),
+        (
+            problem.experts > SM12X_MOST_COUNTED_EXPERTS,
+            f"takes {SM12X_MOST_COUNTED_EXPERTS} experts at most, not {problem.experts}",
+        ),
+        (problem.hidden > most_hidden, f"takes H of {most_hidden} at most, not {problem.hidden}"),
+    ):
+        if stands:
+            return why
+    return None
+
+
+def _whole(problem: LayerProblem, held: Manifest) -> tuple[Variant | None, str]:
+    """The kernel that does all of the layer, and why it does or none does; no words where there is none."""
+    reasons = []
+    for variant in held.gemms(role="layer"):
+        why = fits_whole(problem, variant)
+        rows = problem.expected_rows / problem.experts
+        if why is None and problem.rows > MOST_WHOLE_ROUTES:
+            why = f"is not for more than {MOST_WHOLE_ROUTES} routes, got {problem.rows}"
+        elif why is None and rows > MOST_WHOLE_ROWS:
+            why = f"is not for more than {MOST_WHOLE_ROWS} rows of an expert, expected {rows:.1f}"
+        if why is None:
+            return variant, (
+                f"one launch for all of the layer, {variant.key}: {problem.rows} of at most "
+                f"{MOST_WHOLE_ROUTES} routes, {rows:.1f} rows of an expert expected, of at most "
+                f"{MOST_WHOLE_ROWS}"
+            )
+        reasons.append(f"{variant.key} {why}")
+    return None, "several launches: " + "; ".join(reasons) if reasons else ""
 
 
 def counts_units(choice: Choice) -> bool:
