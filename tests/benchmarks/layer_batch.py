@@ -19,6 +19,8 @@ from sm12x.validation.shapes import MOE_GEMMS, MoeGemm, Routing
 FP8 = torch.float8_e4m3fn
 CHECKED_TOKENS = 4
 LIMIT = 2e-2  # relative Frobenius error of a token
+# The same for the peer, which rounds to bfloat16 before the activation and adds in fewer bits than FP32 has.
+PEER_LIMIT = 6e-2
 MMA_COLUMNS = 8  # tokens that one MMA computes, used or not
 
 Call = Callable[[], object]
@@ -183,11 +185,11 @@ def expected(batch: LayerBatch, weights: Weights, index: int) -> torch.Tensor:
     return total
 
 
-def check(out: torch.Tensor, right: torch.Tensor, name: str) -> None:
-    """Raises ArithmeticError where a token of `out` is further from `right` than LIMIT. A time of wrong
+def check(out: torch.Tensor, right: torch.Tensor, name: str, limit: float = LIMIT) -> None:
+    """Raises ArithmeticError where a token of `out` is further from `right` than `limit`. A time of wrong
     results means nothing."""
     mine = out[: right.shape[0]].double()
     errors = reference.token_errors(mine, right.double(), right.double().norm(dim=1))
     largest = float(errors.max())
-    if not largest <= LIMIT:
+    if not largest <= limit:
         raise ArithmeticError(f"{name}: wrong result, relative error {largest:.3g} of a token")

@@ -38,6 +38,7 @@ import vllm_triton  # noqa: E402
 from forced import Forced  # noqa: E402
 from layer_batch import (  # noqa: E402
     LAYERS,
+    PEER_LIMIT,
     LayerBatch,
     MoeLayer,
     Weights,
@@ -215,8 +216,8 @@ class Bench:
             batches[0].peer_out.fill_(float("nan"))
             calls[0]()
             torch.cuda.synchronize()
-            check(batches[0].peer_out, right, f"Triton {config}")
-            check(batches[0].peer_out, self.first, f"Triton {config} against ours")
+            check(batches[0].peer_out, right, f"Triton {config}", PEER_LIMIT)
+            check(batches[0].peer_out, self.first, f"Triton {config} against ours", PEER_LIMIT)
         if not graphs:
             return None
         times = interleave(self.gpu, graphs, 5)
@@ -238,6 +239,8 @@ def describe(choice: LayerChoice) -> str:
     def name(each: Any) -> str:
         return str(each.variant.key) + (":split" if each.least_units else "")
 
+    if choice.whole is not None:
+        return str(choice.whole.key)
     return f"{name(choice.up)}, {name(choice.down)}" + (", quantised apart" if choice.quantises_apart else "")
 
 

@@ -31,13 +31,16 @@ struct PairedChannels {
   }
 };
 
-/// Gated: there are ups. Steps: those of TileScales.
-template <bool Gated, bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
-class ActivationStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN, false> {
-  using Scales = TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN, false>;
+/// Gated: there are ups. Steps and Listed: those of TileScales.
+template <bool Gated, bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN,
+          class Listed = void>
+class ActivationStore
+    : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN, !cute::is_void_v<Listed>, Listed> {
+  using Scales = TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN, !cute::is_void_v<Listed>, Listed>;
   using Scales::feature_;
   using Scales::lane;
   using Scales::params_;
+  using Scales::row_of;
   using Scales::tile_;
   using Scales::token_;
   using Scales::token_at;
@@ -48,6 +51,9 @@ class ActivationStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN,
   __device__ ActivationStore(sm12x_packed_params const& params, sm12x_up_params const& up,
                              kernel::PackedWork const& tile, int token, int feature)
       : Scales(params, tile, token, feature, channels(up)), up_(up) {}
+
+  __device__ ActivationStore(Scales const& scales, sm12x_up_params const& up)
+      : Scales(scales), up_(up) {}
 
   __device__ void store(Accumulators& accumulators) const {
     Scales::apply(accumulators);
@@ -62,9 +68,9 @@ class ActivationStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN,
     }
     if (params_.out_type == SM12X_OUT_BFLOAT16) {
       store_rounded<__nv_bfloat16>(accumulators);
-    } else if (params_.out_type == SM12X_OUT_FLOAT16) {
+    } else if (Scales::kIsListed || params_.out_type == SM12X_OUT_FLOAT16) {
       store_rounded<__half>(accumulators);
-    } else {
+    } else if constexpr (!Scales::kIsListed) {
       store_quantised(accumulators);
     }
   }
@@ -133,8 +139,7 @@ class ActivationStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN,
 
   template <class Address>
   __device__ Address* address(int token, int feature) const {
-    return reinterpret_cast<Address*>(params_.d) + int64_t(tile_.row + token) * params_.stride_d +
-           feature;
+    return reinterpret_cast<Address*>(params_.d) + row_of(token) * params_.stride_d + feature;
   }
 
   template <class Element>
@@ -169,7 +174,7 @@ class ActivationStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN,
         *reinterpret_cast<uint4*>(address<uint16_t>(token, first_feature(block))) = chunk;
       }
     });
-    if (up_.row_maxima != 0) {
+    if (!Scales::kIsListed && up_.row_maxima != 0) {
       raise_maxima<kRowSets * kOfSet>(maxima);
     }
   }

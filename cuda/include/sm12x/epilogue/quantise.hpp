@@ -50,6 +50,7 @@ struct Pair;
 
 template <>
 struct Pair<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
   __device__ static float2 unpack(uint32_t bits) {
     return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
   }
@@ -61,6 +62,7 @@ struct Pair<__nv_bfloat16> {
 
 template <>
 struct Pair<__half> {
+  using Type = __half2;
   __device__ static float2 unpack(uint32_t bits) {
     return __half22float2(reinterpret_cast<__half2 const&>(bits));
   }
@@ -69,6 +71,25 @@ struct Pair<__half> {
     return reinterpret_cast<uint32_t const&>(pair);
   }
 };
+
+/// Raises magnitudes to those of a chunk of four such pairs; NaN does not count.
+template <class Element>
+__device__ inline void raise(typename Pair<Element>::Type (&largest)[4], uint4 const& chunk) {
+  uint32_t const words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    largest[i] = __hmax2(largest[i],
+                         __habs2(reinterpret_cast<typename Pair<Element>::Type const&>(words[i])));
+  }
+}
+
+/// The largest of what raise() has left.
+template <class Element>
+__device__ inline float largest_of(typename Pair<Element>::Type const (&largest)[4]) {
+  auto const both = __hmax2(__hmax2(largest[0], largest[1]), __hmax2(largest[2], largest[3]));
+  float2 const two = Pair<Element>::unpack(reinterpret_cast<uint32_t const&>(both));
+  return fmaxf(two.x, two.y);
+}
 
 /// Codes of four such pairs: 8 elements, 16 bytes, become 8 bytes.
 template <class Element>

@@ -20,13 +20,14 @@
 namespace sm12x::epilogue {
 
 /// Where the warp's part of the tile lies, and its scales: TileScales, whose constructors these are.
-template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
-class RowStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN> {
-  using Scales = TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN>;
+template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN, class Listed = void>
+class RowStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN, true, Listed> {
+  using Scales = TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN, true, Listed>;
   using Scales::feature_;
   using Scales::feature_at;
   using Scales::lane;
   using Scales::params_;
+  using Scales::row_of;
   using Scales::tile_;
   using Scales::token_;
   using Scales::token_at;
@@ -34,12 +35,13 @@ class RowStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN> {
  public:
   using Scales::Scales;
   using typename Scales::Accumulators;
+  __device__ explicit RowStore(Scales const& scales) : Scales(scales) {}
 
   /// `scale_of`: TileScales::apply.
   template <class... ScaleOf>
   __device__ void store(Accumulators& accumulators, ScaleOf const&... scale_of) const {
     Scales::apply(accumulators, scale_of...);
-    if (params_.out_type == SM12X_OUT_FLOAT32) {
+    if (!Scales::kIsListed && params_.out_type == SM12X_OUT_FLOAT32) {
       store_float(accumulators);
     } else if (params_.out_type == SM12X_OUT_BFLOAT16) {
       store_half(accumulators, [](float low, float high) {
@@ -58,7 +60,7 @@ class RowStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN> {
   template <class Element>
   __device__ Element* address(int in_tile, int feature) const {
     return reinterpret_cast<Element*>(params_.d) + tile_.group * params_.stride_d_group +
-           int64_t(tile_.row + in_tile) * params_.stride_d + feature;
+           row_of(in_tile) * params_.stride_d + feature;
   }
 
   __device__ void store_float(Accumulators const& accumulators) const {

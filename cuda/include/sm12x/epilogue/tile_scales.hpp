@@ -9,6 +9,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cute/util/type_traits.hpp>
 #include <sm12x/abi_packed.h>
 #include <sm12x/kernel/packed_scheduler.hpp>
 
@@ -19,11 +20,21 @@ struct OwnChannels {
   __device__ int operator()(int feature) const { return feature; }
 };
 
+/// Rows of a tile that lie anywhere in d, and what is known of them; in shared memory.
+template <int Tokens>
+struct ListedRows {
+  int32_t row[Tokens];
+  float scale[Tokens];
+  float weight[Tokens];
+};
+
 /// StepM, StepN: rows from one atom on the m side, and from one pair of atoms on the n side, to the next.
-/// Weighted: there may be a row_weight.
-template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN, bool Weighted = true>
+/// Weighted: there may be a row_weight. Listed: the ListedRows of a tile, or void: rows follow each other.
+template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN, bool Weighted = true,
+          class Listed = void>
 class TileScales {
  public:
+  static constexpr bool kIsListed = !cute::is_void_v<Listed>;
   using Accumulators = float[AtomsM][AtomsN][4];
 
   // Tokens and features that one lane's accumulators lie at.
@@ -49,6 +60,19 @@ class TileScales {
     load_feature_scales(channel_of);
   }
 
+  /// The same with rows of their own, which are read when the main loop has ended.
+  template <class Channels, int Tokens>
+  __device__ TileScales(sm12x_packed_params const& params, kernel::PackedWork const& tile,
+                        int token, int feature, Channels const& channel_of,
+                        ListedRows<Tokens> const& rows)
+      : params_(params),
+        tile_(tile),
+        token_(token),
+        feature_(tile.feature + feature),
+        listed_(&rows) {
+    load_feature_scales(channel_of);
+  }
+
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int m_at(int i) { return i / 2 * StepM + i % 2 * 8 + lane() / 4; }
   __device__ static int n_at(int i) {
@@ -62,9 +86,16 @@ class TileScales {
   template <class ScaleOf>
   __device__ void apply(Accumulators& accumulators, ScaleOf const& scale_of) const {
     float token_scale[kTokens];
+    float row_weight[kTokens];
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      token_scale[i] = scale_of(token_scale_[i]);
+      if constexpr (kIsListed) {
+        token_scale[i] = scale_of(listed_->scale[token_ + token_at(i)]);
+        row_weight[i] = listed_->weight[token_ + token_at(i)];
+      } else {
+        token_scale[i] = scale_of(token_scale_[i]);
+        row_weight[i] = row_weight_[i];
+      }
     }
 #pragma unroll
     for (int m = 0; m < AtomsM; ++m) {
@@ -77,7 +108,7 @@ class TileScales {
           int const t = SwapAb ? on_n : on_m;
           int const f = SwapAb ? on_m : on_n;
           float& value = accumulators[m][n][r];
-          value = (token_scale[t] * feature_scale_[f] * value + bias_[f]) * row_weight_[t];
+          value = (token_scale[t] * feature_scale_[f] * value + bias_[f]) * row_weight[t];
         }
       }
     }
@@ -88,6 +119,15 @@ class TileScales {
   }
 
  protected:
+  // Of d, without what stride_d_group adds.
+  __device__ int64_t row_of(int token) const {
+    if constexpr (kIsListed) {
+      return listed_->row[token];
+    } else {
+      return tile_.row + token;
+    }
+  }
+
   // Row number, over all groups, of the row 0 that tile_.row counts from.
   __device__ int64_t first_row() const {
     return params_.row_layout == SM12X_ROWS_MASKED ? tile_.group * params_.rows : 0;
@@ -172,6 +212,7 @@ class TileScales {
   kernel::PackedWork tile_;
   int token_;
   int feature_;
+  Listed const* listed_ = nullptr;
   float token_scale_[kTokens];
   float row_weight_[kTokens];
   float feature_scale_[kFeatures];

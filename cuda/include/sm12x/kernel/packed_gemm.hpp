@@ -56,6 +56,22 @@ struct PackedConfig {
   static constexpr bool kPdl = Pdl_;
 };
 
+/// Where the stages of a CTA lie: they are as long as its largest piece.
+struct StagePlaces {
+  uint32_t first;         ///< shared address
+  uint32_t weight_bytes;  ///< of a stage, before its tokens
+  uint32_t bytes;         ///< of a stage
+
+  template <class State>
+  __device__ uint32_t weights(State const& state) const {
+    return first + state.index * bytes;
+  }
+  template <class State>
+  __device__ uint32_t tokens(State const& state) const {
+    return weights(state) + weight_bytes;
+  }
+};
+
 template <class Config>
 class PackedGemm {
  public:
@@ -159,15 +175,7 @@ class PackedGemm {
   };
   static_assert(offsetof(SharedMemory, stages) == kFrontBytes);
 
-  /// Where the stages of a CTA lie: they are as long as its largest piece.
-  struct Stages {
-    uint32_t first;         ///< shared address
-    uint32_t weight_bytes;  ///< of a stage, before its tokens
-    uint32_t bytes;         ///< of a stage
-
-    __device__ uint32_t weights(State const& state) const { return first + state.index * bytes; }
-    __device__ uint32_t tokens(State const& state) const { return weights(state) + weight_bytes; }
-  };
+  using Stages = StagePlaces;
 
   // -----------------------------------------------------------------------------------------------
   // Roles: what a warp does with one piece of work
@@ -324,26 +332,50 @@ class PackedGemm {
     }
   }
 
-  // Pingpong: a group waits for its turn, or it could take a stage of the ring's last round, which it
-  // did not see, for its own.
-  __device__ static void multiply(Params const& params, Extra const& extra, SharedMemory& shared,
-                                  Ring& ring, Stages const& stages, PackedWork const& work,
-                                  int mma_warp, uint32_t turn_phase, State& state) {
+  // The main loop of a piece, of `k` values altogether. Pingpong: a group waits for its turn, or it could take a
+  // stage of the ring's last round, which it did not see, for its own.
+  __device__ static void accumulate(int k, typename Ring::EmptyBarrier* turns, Ring& ring,
+                                    Stages const& stages, PackedWork const& work, int mma_warp,
+                                    uint32_t turn_phase, State& state, Accumulators& accumulators) {
     int const mma_group = mma_warp / kGroupWarps;
     int const warp_m = mma_warp % kGroupWarps % Config::kWarpsM;
-    int const warp_n = mma_warp % kGroupWarps / Config::kWarpsM;
-    int const at_m = warp_m * 16;
-    int const at_n = warp_n * 16;
     uint32_t const tokens = stages.first + stages.weight_bytes;
     typename Tile::Stages const operands = {Config::kSwapAb ? stages.first : tokens,
                                             Config::kSwapAb ? tokens : stages.first, stages.bytes};
-    Tile const tile(at_m, at_n, work.feature_end - work.feature);
-    int const k_tiles = (params.k + kTileK - 1) / kTileK;
+    Tile const tile(first_m(mma_warp), first_n(mma_warp), work.feature_end - work.feature);
     int const count = work.k_end - work.k_begin;
-    int const k_left = params.k - (work.k_end - 1) * kTileK;  // of the last k-tile and behind it
+    int const k_left = k - (work.k_end - 1) * kTileK;  // of the last k-tile and behind it
     int const last_blocks =
         k_left < kTileK ? (k_left + Tile::kBlockK - 1) / Tile::kBlockK : Tile::kBlocks;
+    auto run = [&](auto active_m, auto active_n) {
+      tile.template run<decltype(active_m)::value, decltype(active_n)::value, lap_stages()>(
+          ring, state, operands, count, last_blocks, accumulators);
+    };
+    if constexpr (Config::kMmaGroups > 1) {
+      turns[mma_group].wait(turn_phase);
+    }
+    dispatch(work, warp_m, run);
+    if constexpr (Config::kMmaGroups > 1) {
+      if (cute::elect_one_sync()) {
+        turns[(mma_group + 1) % Config::kMmaGroups].arrive();
+      }
+    }
+  }
+
+  // Where an MMA warp's part of a tile begins, on the kernel's own sides.
+  __device__ static int first_m(int mma_warp) {
+    return mma_warp % kGroupWarps % Config::kWarpsM * 16;
+  }
+  __device__ static int first_n(int mma_warp) {
+    return mma_warp % kGroupWarps / Config::kWarpsM * 16;
+  }
+
+  __device__ static void multiply(Params const& params, Extra const& extra, SharedMemory& shared,
+                                  Ring& ring, Stages const& stages, PackedWork const& work,
+                                  int mma_warp, uint32_t turn_phase, State& state) {
     auto request_scales = [&] {
+      int const at_m = first_m(mma_warp);
+      int const at_n = first_n(mma_warp);
       return Store(params, extra, work, Config::kSwapAb ? at_n : at_m,
                    Config::kSwapAb ? at_m : at_n);
     };
@@ -355,20 +387,10 @@ class PackedGemm {
       }
     }();
     Accumulators accumulators = {};
-    auto run = [&](auto active_m, auto active_n) {
-      tile.template run<decltype(active_m)::value, decltype(active_n)::value, lap_stages()>(
-          ring, state, operands, count, last_blocks, accumulators);
-    };
-    if constexpr (Config::kMmaGroups > 1) {
-      shared.front.turn[mma_group].wait(turn_phase);
-    }
-    dispatch(work, warp_m, run);
-    if constexpr (Config::kMmaGroups > 1) {
-      if (cute::elect_one_sync()) {
-        shared.front.turn[(mma_group + 1) % Config::kMmaGroups].arrive();
-      }
-    }
-    if (count < k_tiles) {
+    accumulate(params.k, shared.front.turn, ring, stages, work, mma_warp, turn_phase, state,
+               accumulators);
+    int const k_tiles = (params.k + kTileK - 1) / kTileK;
+    if (work.k_end - work.k_begin < k_tiles) {
       Split const split(params, mma_warp % kGroupWarps);
       if (!split.finishes(work.run_of(work.first_unit), work.run_of(work.first_unit + k_tiles - 1),
                           blockIdx.x, reinterpret_cast<float (&)[kValues]>(accumulators))) {
@@ -459,8 +481,9 @@ class PackedGemm {
       Stages const stages = set_stages(shared, ring, work, stages_of_boxes);
       if (Roles != kMma && mma_warp < 0) {
         if constexpr (kQuantisesRows) {
-          QuantisedRows<Tile, kTokens, kTileK, kTokensWarps>(params, extra, warp - kTokensWarp)
-              .load(ring, work, state, [&](State const& at) { return stages.tokens(at); });
+          Operation::load_rows(
+              QuantisedRows<Tile, kTokens, kTileK, kTokensWarps>(warp - kTokensWarp), extra, ring,
+              work, state, [&](State const& at) { return stages.tokens(at); });
         } else if (params.row_index != 0) {
           gather_tokens(params, ring, stages, work, state);
         } else {

@@ -70,7 +70,7 @@ struct Up {
       arch::wait_on_prerequisite_grids();
       return reinterpret_cast<void const*>(params.bounds);
     }
-    shared.count(up, params.num_groups);
+    shared.count(up, params.num_groups, [](int, int) {});
     return shared.offsets;
   }
 
@@ -106,6 +106,17 @@ struct Down {
     arch::load_box(map, barrier, to, k, feature, group, policy);
   }
 
+  // One warp's share of the rows of a piece, as `rows` (QuantisedRows) divides them.
+  template <class Rows, class Ring, class State, class To>
+  __device__ static void load_rows(Rows const& rows, Extra const& down, Ring& ring,
+                                   PackedWork const& work, State& state, To const& to) {
+    if (down.a_type == SM12X_OUT_BFLOAT16) {
+      load_rows_as<__nv_bfloat16>(rows, down, ring, work, state, to);
+    } else {
+      load_rows_as<__half>(rows, down, ring, work, state, to);
+    }
+  }
+
   template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
   struct Store : epilogue::RowStore<SwapAb, AtomsM, AtomsN, StepM, StepN> {
     using Base = epilogue::RowStore<SwapAb, AtomsM, AtomsN, StepM, StepN>;
@@ -117,6 +128,24 @@ struct Down {
       Base::store(accumulators, [](float maximum) { return epilogue::scale_of_maximum(maximum); });
     }
   };
+
+ private:
+  template <class Element, class Rows, class Ring, class State, class To>
+  __device__ static void load_rows_as(Rows const& rows, Extra const& down, Ring& ring,
+                                      PackedWork const& work, State& state, To const& to) {
+    sm12x_packed_params const& gemm = down.gemm;
+    Element const* from[Rows::kPasses];
+    float maximum[Rows::kPasses];
+#pragma unroll
+    for (int pass = 0; pass < Rows::kPasses; ++pass) {
+      int const row = work.row + min(rows.row_of(pass), work.rows - 1);
+      from[pass] = reinterpret_cast<Element const*>(gemm.a) + int64_t(row) * gemm.stride_a;
+      maximum[pass] = __ldcg(reinterpret_cast<float const*>(down.row_maxima) + row);
+    }
+    rows.load(
+        ring, work, state, to, from,
+        [&](int pass) { return epilogue::scale_of_maximum(maximum[pass]); }, gemm.k);
+  }
 };
 
 }  // namespace sm12x::kernel

@@ -315,26 +315,51 @@ class PackedSchedule {
         per_cta_(0xffffffffu / gridDim.x + 1),
         largest_piece_(Runs && !splits_ ? 0 : kMostStrips) {}
 
-  /// Reads the bounds, which lie there, and finds this CTA's share.
+  /// Reads the bounds, which lie there, and takes up this CTA's share.
   __device__ void start(void const* bounds, bool are_64_bit) {
+    read_bounds(bounds, are_64_bit);
+    take(blockIdx.x);
+  }
+
+  /// The two halves of start(). Shares may be taken up one after the other, in ascending order.
+  __device__ void read_bounds(void const* bounds, bool are_64_bit) {
     walker_.set_bounds(bounds, are_64_bit);
-    turn_ = blockIdx.x;
-    if (!Runs && !splits_) {
-      return;
-    }
-    uint32_t const tiles = uint32_t(walker_.total());
-    if (splits_) {
-      units_ = tiles * ((uint32_t(params_.n) + TileFeatures - 1) / TileFeatures) * k_tiles_;
-      uint32_t const most = units_ / uint32_t(params_.least_units);
-      runs_ = most < 1 ? 1 : min(most, gridDim.x);
-      if (blockIdx.x < runs_) {
-        run_.begin = blockIdx.x * units_ / runs_;
-        run_.end = (blockIdx.x + 1) * units_ / runs_;
-      }
-    } else if (tiles > 0) {
-      run_ = run_of_cta(tiles);
+    if (Runs || splits_) {
+      tiles_ = uint32_t(walker_.total());
     }
   }
+  __device__ void take(uint32_t cta) {
+    turn_ = cta;
+    if (splits_) {
+      units_ = tiles_ * ((uint32_t(params_.n) + TileFeatures - 1) / TileFeatures) * k_tiles_;
+      uint32_t const most = units_ / uint32_t(params_.least_units);
+      runs_ = most < 1 ? 1 : min(most, gridDim.x);
+      if (cta < runs_) {
+        run_.begin = cta * units_ / runs_;
+        run_.end = (cta + 1) * units_ / runs_;
+      }
+    } else if (Runs && tiles_ > 0) {
+      run_ = run_of(cta);
+    }
+  }
+
+  /// Tiles of tokens of all groups, and strips of features of one of them. Not where CTAs take turns.
+  __device__ uint32_t tiles() const { return tiles_; }
+  __device__ uint32_t strips() const { return strips_; }
+
+  /// Boxes of weights that are enough for every piece of every run of so many tiles of tokens.
+  __device__ uint32_t largest_piece_of_all(uint32_t tiles) const {
+    uint32_t const ctas = ctas_of_tile(tiles);
+    if (ctas >
+        0) {  // runs have so many strips or one less; halves and the like of them are shorter
+      uint32_t const longest = (strips_ + ctas - 1) / ctas;
+      return max(max(piece_of(longest), piece_of(max(longest, 2u) - 1)),
+                 min((longest + 3) / 2, kMostStrips));
+    }
+    return min(__umulhi(tiles * strips_, per_cta_) + 2, kMostStrips);
+  }
+  /// No piece gets larger, and each says so. Before next().
+  __device__ void set_largest_piece(uint32_t boxes) { largest_piece_ = boxes; }
 
   /// The CTA's next piece.
   __device__ void next(PackedWork& work) {
@@ -395,14 +420,20 @@ class PackedSchedule {
     uint32_t end = 0;
   };
 
-  // Runs: this CTA's, of all groups' so many tiles of tokens. Equal ones, with many units one more here and
-  // there. But where there are few tiles, each gets equally many CTAs if that leaves less than one in 16
-  // idle: a run that crosses from one group to the next comes in two pieces, which take longer than one of
-  // both their sizes.
-  __device__ Run run_of_cta(uint32_t tiles) const {
-    uint32_t const units = tiles * strips_;
+  // How many CTAs share a tile of tokens where each tile gets equally many; 0 where runs are cut without regard
+  // to tiles.
+  __device__ uint32_t ctas_of_tile(uint32_t tiles) const {
     uint32_t const ctas = uint32_t((float(gridDim.x) + 0.5f) * arch::fast_reciprocal(float(tiles)));
-    if (4 * tiles <= gridDim.x && 16 * ctas * tiles >= 15 * gridDim.x) {
+    return 4 * tiles <= gridDim.x && 16 * ctas * tiles >= 15 * gridDim.x ? ctas : 0;
+  }
+
+  // Runs: a CTA's, of all groups' tiles of tokens. Equal ones, with many units one more here and there. But
+  // where there are few tiles, each gets equally many CTAs if that leaves less than one in 16 idle: a run that
+  // crosses from one group to the next comes in two pieces, which take longer than one of both their sizes.
+  __device__ Run run_of(uint32_t cta) const {
+    uint32_t const units = tiles_ * strips_;
+    uint32_t const ctas = ctas_of_tile(tiles_);
+    if (ctas > 0) {
       // With a half added where the quotient could be whole. All CTAs round alike, so that runs meet.
       float const per_cta = arch::fast_reciprocal(float(ctas));
       auto const start = [&](uint32_t run) {
@@ -411,10 +442,10 @@ class PackedSchedule {
         uint32_t const strip = uint32_t((float(part * strips_) + 0.5f) * per_cta);
         return min(tile * strips_ + strip, units);
       };
-      return {start(blockIdx.x), start(blockIdx.x + 1)};
+      return {start(cta), start(cta + 1)};
     }
     auto const start = [&](uint32_t run) { return min(__umulhi(run * units, per_cta_), units); };
-    return {start(blockIdx.x), blockIdx.x + 1 == gridDim.x ? units : start(blockIdx.x + 1)};
+    return {start(cta), cta + 1 == gridDim.x ? units : start(cta + 1)};
   }
 
   // Takes up the next group that has a part in the run; with none, strip_ stays strip_end_.
@@ -448,7 +479,7 @@ class PackedSchedule {
           return false;
         }
       }
-      piece_end_ = strip_ + piece_of(strip_end_ - strip_);
+      piece_end_ = strip_ + min(piece_of(strip_end_ - strip_), largest_piece_);
     }
     set_part(work, token_tile_, int(strip_) * kStrip, int(piece_end_) * kStrip);
     if (++token_tile_ == group_.token_tiles) {
@@ -477,6 +508,7 @@ class PackedSchedule {
   typename GroupWalker<TileTokens, Count, Fresh>::Group group_;
   uint32_t per_cta_;        // 2^32 / CTAs, rounded up; 0 for one CTA
   uint32_t largest_piece_;  // in strips; 0 before the first piece of a run
+  uint32_t tiles_ = 0;
   uint32_t units_ = 0;
   uint32_t runs_ = 1;
   Run run_;

@@ -1,5 +1,5 @@
-/// The rows of GEMM2, quantised on their way into shared memory: bfloat16 or float16 from global memory,
-/// divided by the row's scale, e4m3 into the same swizzled layout that TMA would write.
+/// Rows of a GEMM, quantised on their way into shared memory: bfloat16 or float16 from global memory, divided
+/// by the row's scale, e4m3 into the same swizzled layout that TMA would write.
 ///
 /// For few rows a CTA reads them once for each of its tiles of weights, out of L2, and a kernel of its own for
 /// them would take longer to start than that takes. The rows of several k-tiles are in flight: each takes a trip
@@ -9,84 +9,64 @@
 #include <cstdint>
 
 #include <cute/arch/cluster_sm90.hpp>
-#include <sm12x/abi_moe.h>
 #include <sm12x/arch/copy.hpp>
 #include <sm12x/epilogue/quantise.hpp>
 #include <sm12x/kernel/packed_scheduler.hpp>
 
 namespace sm12x::kernel {
 
-/// Tile: the WarpTile that will read them. Warps: that share the rows.
+/// One warp's share of the rows of a tile. Tile: the WarpTile that will read them. Warps: that share the rows.
 template <class Tile, int Tokens, int TileK, int Warps>
 class QuantisedRows {
  public:
-  __device__ QuantisedRows(sm12x_packed_params const& params, sm12x_down_params const& down,
-                           int warp)
-      : params_(params), down_(down), warp_(warp) {}
-
-  /// One warp's part of the stages of one piece of work, with an arrival at each. to(state): shared address of
-  /// a stage's tokens.
-  template <class Ring, class State, class To>
-  __device__ void load(Ring& ring, PackedWork const& work, State& state, To const& to) const {
-    if (down_.a_type == SM12X_OUT_BFLOAT16) {
-      load_as<__nv_bfloat16>(ring, work, state, to);
-    } else {
-      load_as<__half>(ring, work, state, to);
-    }
-  }
-
- private:
   // A lane makes 8 codes of 16 bytes at a time. Lanes lie along k first.
   static constexpr int kLanes = TileK / 8;
   static constexpr int kRowsAtOnce = 32 / kLanes;
   static constexpr int kPasses = Tokens / kRowsAtOnce / Warps;
   static_assert(kPasses * kRowsAtOnce * Warps == Tokens);
-  // K-tiles whose rows are in flight: as many as the producers' registers hold.
-  static constexpr int kDepth = kPasses <= 2 || Warps == 1 ? 4 : kPasses <= 4 ? 3 : 1;
 
-  // Rows of a pass lie together. Warps take them in turns, so that few rows keep all busy.
-  __device__ int first_row_of(int pass) const { return (pass * Warps + warp_) * kRowsAtOnce; }
+  __device__ explicit QuantisedRows(int warp) : warp_(warp) {}
+
+  /// The tile's row that this lane has in a pass. Rows of a pass lie together. Warps take them in turns, so that
+  /// few rows keep all busy.
   __device__ int row_of(int pass) const {
     return first_row_of(pass) + int(threadIdx.x) % 32 / kLanes;
   }
 
-  template <class Element, class Ring, class State, class To>
-  __device__ void load_as(Ring& ring, PackedWork const& work, State& state, To const& to) const {
+  /// Fills the stages of one piece of work, with an arrival at each. from, scale_of(pass): of the lane's row in
+  /// each pass, where there is one; scales are asked for when the first rows are on the way. k: elements of a
+  /// row. to(state): shared address of a stage's tokens.
+  template <class Element, class Ring, class State, class To, class ScaleOf>
+  __device__ void load(Ring& ring, PackedWork const& work, State& state, To const& to,
+                       Element const* const (&from)[kPasses], ScaleOf const& scale_of,
+                       int k) const {
     int const lane = threadIdx.x % kLanes;
-    auto const* const maxima = reinterpret_cast<float const*>(down_.row_maxima) + work.row;
-    auto const* const rows =
-        reinterpret_cast<Element const*>(params_.a) + int64_t(work.row) * params_.stride_a;
-    auto const fetch = [&](int k, uint4(&values)[kPasses]) {
-      int const at = k * TileK + lane * 8;
+    auto const fetch = [&](int k_tile, uint4(&values)[kPasses]) {
+      int const at = k_tile * TileK + lane * 8;
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        int const row = row_of(pass);
         values[pass] = {};
-        if (row < work.rows && at < params_.k && k < work.k_end) {
-          values[pass] = __ldcg(reinterpret_cast<uint4 const*>(rows + row * params_.stride_a + at));
+        if (row_of(pass) < work.rows && at < k && k_tile < work.k_end) {
+          values[pass] = __ldcg(reinterpret_cast<uint4 const*>(from[pass] + at));
         }
       }
     };
     uint4 values[kDepth][kPasses];
-    float scale[kPasses];
 #pragma unroll
     for (int ahead = 0; ahead < kDepth; ++ahead) {
       fetch(work.k_begin + ahead, values[ahead]);
     }
+    float scale[kPasses];
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      scale[pass] = __ldcg(maxima + min(row_of(pass), work.rows - 1));
-    }
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      scale[pass] = epilogue::scale_of_maximum(scale[pass]);
+      scale[pass] = scale_of(pass);
     }
 #pragma unroll 1
     for (int first = work.k_begin; first < work.k_end; first += kDepth) {
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
-        int const k = first + i;
-        if (k >= work.k_end) {
+        int const k_tile = first + i;
+        if (k_tile >= work.k_end) {
           break;
         }
         uint2 codes[kPasses];
@@ -98,7 +78,7 @@ class QuantisedRows {
                                                              epilogue::Quotient(scale[pass]));
           }
         }
-        fetch(k + kDepth, values[i]);
+        fetch(k_tile + kDepth, values[i]);
         ring.wait_empty(state);
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
@@ -114,8 +94,51 @@ class QuantisedRows {
     }
   }
 
-  sm12x_packed_params const& params_;
-  sm12x_down_params const& down_;
+  /// The scales of the lane's rows, made from their largest magnitudes: NaN does not count. 1 where there is no
+  /// row.
+  template <class Element>
+  __device__ void scales(PackedWork const& work, Element const* const (&from)[kPasses], int k,
+                         float (&scale)[kPasses]) const {
+    int const chunks = k / 8;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      scale[pass] = 1.0f;
+      if (first_row_of(pass) < work.rows) {
+        int const end = row_of(pass) < work.rows ? chunks : 0;
+        typename epilogue::Pair<Element>::Type largest[4] = {};
+#pragma unroll 1
+        for (int first = threadIdx.x % kLanes; first < chunks; first += kLanes * kAtOnce) {
+          uint4 values[kAtOnce];
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            values[i] = {};
+            if (first + i * kLanes < end) {
+              values[i] = __ldcg(reinterpret_cast<uint4 const*>(from[pass]) + first + i * kLanes);
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            epilogue::raise<Element>(largest, values[i]);
+          }
+        }
+        float maximum = epilogue::largest_of<Element>(largest);
+#pragma unroll
+        for (int apart = kLanes / 2; apart > 0; apart /= 2) {
+          maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, apart));
+        }
+        scale[pass] = epilogue::scale_of_maximum(maximum);
+      }
+    }
+  }
+
+ private:
+  // K-tiles whose rows are in flight: as many as the producers' registers hold.
+  static constexpr int kDepth = kPasses <= 2 || Warps == 1 ? 4 : kPasses <= 4 ? 3 : 1;
+  // Chunks of a row whose loads are in flight while its maximum is looked for.
+  static constexpr int kAtOnce = 12;
+
+  __device__ int first_row_of(int pass) const { return (pass * Warps + warp_) * kRowsAtOnce; }
+
   int warp_;
 };
 

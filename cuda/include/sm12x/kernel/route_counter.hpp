@@ -17,8 +17,9 @@ struct RouteCounter {
 
   alignas(16) int32_t offsets[kCapacity + 4];
 
-  /// A whole warp.
-  __device__ void count(sm12x_up_params const& up, int experts) {
+  /// A whole warp. Calls visit(route, local expert or -1) for every route, on one lane.
+  template <class Visit>
+  __device__ void count(sm12x_up_params const& up, int experts, Visit const& visit) {
     constexpr uint32_t kAllLanes = 0xffffffffu;
     int const lane = threadIdx.x % 32;
     for (int first = 0; first < experts; first += kPerRound) {
@@ -34,6 +35,9 @@ struct RouteCounter {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+        if (first + 32 * i + lane < up.routes) {
+          visit(first + 32 * i + lane, expert[i]);
+        }
         if (expert[i] >= 0) {
           atomicAdd(offsets + expert[i], 1);
         }
