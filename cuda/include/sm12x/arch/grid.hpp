@@ -27,6 +27,20 @@ __device__ __forceinline__ uint32_t load_acquire(uint32_t const* address) {
   return value;
 }
 
+/// The word, however old; acquire_all() after it makes it as good as load_acquire(), which costs more where it is
+/// asked for again and again.
+__device__ __forceinline__ uint32_t load_relaxed(uint32_t const* address) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void acquire_all() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+/// Adds to the word; releases what this thread knows of.
+__device__ __forceinline__ void add_release(uint32_t* address, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
 /// Adds to the word and returns what it was; releases what this thread knows of, acquires what the
 /// others released.
 __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* address, uint32_t value) {

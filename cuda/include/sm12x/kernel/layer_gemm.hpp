@@ -95,8 +95,9 @@ class LayerGemm {
     Rows rows[kLists];
     int16_t expert[SM12X_LAYER_ROUTES];  // local one of each route, or -1
     int16_t found[Up::kTokensWarps][kTokens];
-    uint32_t last[MmaGroups];  // strips of the piece in work that got their last rows: a bit each
-    uint32_t tiles;            // of tokens, of all experts
+    float token_scale[kTokens];  // of few tokens
+    uint32_t last[MmaGroups];    // strips of the piece in work that got their last rows: a bit each
+    uint32_t tiles;              // of tokens, of all experts
   };
   static constexpr int kFrontBytes = (int(sizeof(Front)) + 1023) / 1024 * 1024;
   static constexpr int kSharedBytes = Up::kSharedBytes;
@@ -132,12 +133,12 @@ class LayerGemm {
     return stages;
   }
 
+  // The next share, in lane 0.
   __device__ static uint32_t claim(uint32_t* word) {
-    uint32_t share = 0;
-    if (threadIdx.x % 32 == 0) {
-      share = atomicAdd(word, 1);
-    }
-    return __shfl_sync(0xffffffffu, share, 0);
+    return threadIdx.x % 32 == 0 ? atomicAdd(word, 1) : 0;
+  }
+  __device__ static uint32_t from_first_lane(uint32_t value) {
+    return __shfl_sync(0xffffffffu, value, 0);
   }
 
   // A warp that will not look at the state again.
@@ -169,6 +170,7 @@ class LayerGemm {
     uint32_t share = claim(state + kShares);
     front.routes.count(params.up, params.down.num_groups,
                        [&](int route, int expert) { front.expert[route] = int16_t(expert); });
+    share = from_first_lane(share);
     Queue queue(front.queue);
     typename Queue::State at = Queue::Ring::producer_start();
     State loaded = Ring::producer_start();
@@ -179,12 +181,13 @@ class LayerGemm {
       Schedule schedule(gemm);
       schedule.read_bounds(front.routes.offsets, false);
       if (phase == 0) {
-        uint32_t const tiles = schedule.tiles();
-        front.tiles = tiles;
-        boxes = max(schedule.largest_piece_of_all(tiles),
-                    Schedule(params.down).largest_piece_of_all(tiles));
+        front.tiles = schedule.tiles();
+        // Half the lanes for either GEMM.
+        int const n = threadIdx.x % 2 == 0 ? params.up.gemm.n : params.down.n;
+        boxes = Schedule::largest_piece_of_all(schedule.tiles(), (n + kStrip - 1) / kStrip);
+        boxes = max(boxes, __shfl_xor_sync(0xffffffffu, boxes, 1));
       } else {
-        share = claim(state + kShares + 1);
+        share = from_first_lane(claim(state + kShares + 1));
       }
       schedule.set_largest_piece(boxes);
 #pragma unroll 1
@@ -216,7 +219,7 @@ class LayerGemm {
                        [] {});
           work = following;
         }
-        share = claim(state + kShares + phase);
+        share = from_first_lane(claim(state + kShares + phase));
       }
     }
     Work none = {};
@@ -281,54 +284,110 @@ class LayerGemm {
     State filled = Ring::producer_start();
     Feed const feed(warp);
     auto const* const weights = reinterpret_cast<float const*>(params.topk_weights);
-    bool waits = true;
+    find_token_scales<Element>(params, front, feed);
+    // Of the piece before: its rows, in lane i that of row i, and what is known of them.
+    int group = -1;
+    int first_row = 0;
+    int phase = 0;
+    int route = -1;
+    float weight = 1.0f;
+    float scale[Feed::kPasses];
+    Element const* from[Feed::kPasses];
+    typename Feed::Held held;
 #pragma unroll 1
     for (int turn = 0;; turn = turn + 1 < kLists ? turn + 1 : 0) {
       Work const work = queue.take(at);
-      if (__any_sync(0xffffffffu, work.piece.group < 0)) {
+      PackedWork const& piece = work.piece;
+      if (__any_sync(0xffffffffu, piece.group < 0)) {
         break;
       }
-      Stages const stages = set_stages(shared, ring, work.piece, stages_of_boxes);
+      Stages const stages = set_stages(shared, ring, piece, stages_of_boxes);
       sm12x_packed_params const& gemm = gemm_of(params, work.phase);
-      int const route = find_routes(params, front, work.piece, warp);
+      bool const holds = gemm.k <= Feed::kHeldTiles * kTileK;
+      if (__any_sync(0xffffffffu,
+                     piece.group != group || piece.row != first_row || work.phase != phase)) {
+        if (__any_sync(0xffffffffu, work.phase != phase)) {
+          wait_for_up(params, front.tiles);
+        }
+        group = piece.group;
+        first_row = piece.row;
+        phase = work.phase;
+        route = find_routes(params, front, piece, warp);
+        weight = phase == 1 && route >= 0 && weights != nullptr ? weights[route] : 1.0f;
+        bool const knows_scales = phase == 0 && has_token_scales(params);
+        int const row = phase == 0 ? max(route, 0) / params.top_k : max(route, 0);
+#pragma unroll
+        for (int pass = 0; pass < Feed::kPasses; ++pass) {
+          int const of_pass = __shfl_sync(0xffffffffu, row, feed.row_of(pass));
+          from[pass] = reinterpret_cast<Element const*>(gemm.a) + of_pass * gemm.stride_a;
+          if (knows_scales) {
+            scale[pass] = front.token_scale[of_pass];
+          }
+        }
+        if (holds) {
+          feed.template hold<Element>(piece.rows, from, gemm.k, held, scale);
+        } else if (!knows_scales) {
+          feed.template scales<Element>(piece.rows, from, gemm.k, scale);
+        }
+      }
       Rows& rows = front.rows[turn];
       if (warp == 0 && lane < kTokens) {
-        bool const weighted = work.phase == 1 && route >= 0 && weights != nullptr;
         rows.row[lane] = max(route, 0);
-        rows.weight[lane] = weighted ? weights[route] : 1.0f;
+        rows.weight[lane] = weight;
       }
-      if (work.phase == 1 && waits) {
-        wait_for_up(params, front.tiles);
-        waits = false;
-      }
-      int const row = work.phase == 0 ? max(route, 0) / params.top_k : max(route, 0);
-      Element const* from[Feed::kPasses];
-#pragma unroll
-      for (int pass = 0; pass < Feed::kPasses; ++pass) {
-        int const of_pass = __shfl_sync(0xffffffffu, row, feed.row_of(pass));
-        from[pass] = reinterpret_cast<Element const*>(gemm.a) + of_pass * gemm.stride_a;
-      }
-      float scale[Feed::kPasses];
-      feed.template scales<Element>(work.piece, from, gemm.k, scale);
       if (lane % Feed::kLanes == 0) {
 #pragma unroll
         for (int pass = 0; pass < Feed::kPasses; ++pass) {
           rows.scale[feed.row_of(pass)] = scale[pass];
         }
       }
-      feed.load(
-          ring, work.piece, filled, [&](State const& to) { return stages.tokens(to); }, from,
-          [&](int pass) { return scale[pass]; }, gemm.k);
+      auto const to = [&](State const& state) { return stages.tokens(state); };
+      if (holds) {
+        feed.load_held(ring, piece, filled, to, held);
+      } else {
+        feed.load(ring, piece, filled, to, from, [&](int pass) { return scale[pass]; }, gemm.k);
+      }
     }
     leave(params);
+  }
+
+  __device__ static bool has_token_scales(Params const& params) {
+    return params.tokens <= kTokens && params.up.gemm.k > Feed::kHeldTiles * kTileK;
+  }
+
+  // Few tokens' scales, while nobody knows yet which of them are wanted.
+  template <class Element>
+  __device__ static void find_token_scales(Params const& params, Front& front, Feed const& feed) {
+    if (!has_token_scales(params)) {
+      return;
+    }
+    sm12x_packed_params const& gemm = params.up.gemm;
+    Element const* from[Feed::kPasses];
+    float scale[Feed::kPasses];
+#pragma unroll
+    for (int pass = 0; pass < Feed::kPasses; ++pass) {
+      from[pass] = reinterpret_cast<Element const*>(gemm.a) +
+                   min(feed.row_of(pass), params.tokens - 1) * gemm.stride_a;
+    }
+    feed.template scales<Element>(params.tokens, from, gemm.k, scale);
+    if (threadIdx.x % Feed::kLanes == 0) {
+#pragma unroll
+      for (int pass = 0; pass < Feed::kPasses; ++pass) {
+        front.token_scale[feed.row_of(pass)] = scale[pass];
+      }
+    }
+    cutlass::arch::NamedBarrier::sync(32 * Up::kTokensWarps, MmaGroups);
   }
 
   // Until all of h is there, which running CTAs are at.
   __device__ static void wait_for_up(Params const& params, uint32_t tiles) {
     if (threadIdx.x % 32 == 0) {
       uint32_t const strips = uint32_t(params.up.gemm.n + kStrip - 1) / kStrip;
-      while (arch::load_acquire(state_of(params) + kArrivals) < tiles * strips) {
+      uint32_t const all = tiles * strips;
+      uint32_t const* const arrivals = state_of(params) + kArrivals;
+      while (arch::load_relaxed(arrivals) < all) {
       }
+      arch::acquire_all();
     }
     __syncwarp();
   }
@@ -368,7 +427,7 @@ class LayerGemm {
         cutlass::arch::NamedBarrier::sync(32 * kGroupWarps, group);
         if (threadIdx.x % (32 * kGroupWarps) == 0) {
           uint32_t const strips = uint32_t(piece.feature_end - piece.feature + kStrip - 1) / kStrip;
-          arch::add_acquire_release(state_of(params) + kArrivals, strips);
+          arch::add_release(state_of(params) + kArrivals, strips);
         }
       } else {
         typename Down::Store(scales).store(accumulators);
@@ -461,6 +520,7 @@ class LayerGemm {
     if (threadIdx.x == 0) {
       for (int map = 0; map < kWeightMaps; ++map) {
         arch::prefetch_tensor_map(&params.up.gemm.map_b[map]);
+        arch::prefetch_tensor_map(&params.down.map_b[map]);
       }
       for (auto& turn : shared.front.turn) {
         turn.init(kGroupWarps);
@@ -473,6 +533,9 @@ class LayerGemm {
                                        ((threadIdx.x % 32 + 1) * Up::kBoxBytes + Up::kTokenBytes),
                                    uint32_t(kMostStages));
     arch::keep(stages_of_boxes);
+    if (warp == Up::kWeightsWarp) {
+      shared.front.routes.clear(params.down.num_groups);
+    }
     __syncthreads();
     if (Pdl) {
       arch::wait_on_prerequisite_grids();

@@ -18,7 +18,7 @@ struct LayerOperation {
   static constexpr bool kQuantisesRows = true;
   static constexpr int mma_registers(bool) { return 184; }
   static constexpr bool kLoadsWeightsEarly = false;
-  static constexpr bool kReadsBoundsFresh = false;
+  static constexpr Bounds kBounds = Bounds::kCounted;
   struct Shared {};
 };
 

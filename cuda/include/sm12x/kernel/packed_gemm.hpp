@@ -113,7 +113,7 @@ class PackedGemm {
   static_assert(kMmaRegisters % 8 == 0 && kProducerRegisters % 8 == 0, "what setmaxnreg takes");
 
   using Schedule = PackedSchedule<Config::kSwapAb, kTokens, kFeatures, kTileK, Operation::kStrip,
-                                  Operation::kReadsBoundsFresh>;
+                                  Operation::kBounds>;
   // Under swap_ab a piece has any number of strips of features. It comes in boxes of 1, 2, 4, 8 and 16
   // strips, because TMA takes some 40 ns for a box however small (measured on an H200).
   static constexpr int kBoxFeatures = Config::kSwapAb ? Schedule::kStrip : kFeatures;

@@ -30,7 +30,7 @@ struct Product {
   // Of MMA warps, where registers move to them from the producers.
   static constexpr int mma_registers(bool) { return 192; }
   static constexpr bool kLoadsWeightsEarly = false;
-  static constexpr bool kReadsBoundsFresh = false;  // past L1
+  static constexpr Bounds kBounds = Bounds::kGiven;
   struct Shared {};
 
   // Where the bounds are. By the warp that finds the work, whole.
@@ -61,7 +61,7 @@ struct Up {
   // An activation takes some, whichever way; with these no target spills.
   static constexpr int mma_registers(bool swap_ab) { return swap_ab ? 184 : 200; }
   static constexpr bool kLoadsWeightsEarly = true;
-  static constexpr bool kReadsBoundsFresh = false;
+  static constexpr Bounds kBounds = Bounds::kGiven;
   using Shared = RouteCounter;
 
   __device__ static void const* bounds(sm12x_packed_params const& params, Extra const& up,
@@ -70,6 +70,7 @@ struct Up {
       arch::wait_on_prerequisite_grids();
       return reinterpret_cast<void const*>(params.bounds);
     }
+    shared.clear(params.num_groups);
     shared.count(up, params.num_groups, [](int, int) {});
     return shared.offsets;
   }
@@ -94,7 +95,7 @@ struct Down {
   static constexpr bool kQuantisesRows = true;
   static constexpr int mma_registers(bool) { return 192; }
   static constexpr bool kLoadsWeightsEarly = true;
-  static constexpr bool kReadsBoundsFresh = true;
+  static constexpr Bounds kBounds = Bounds::kFresh;
   struct Shared {};
 
   __device__ static void const* bounds(sm12x_packed_params const& params, Extra const&, Shared&) {

@@ -57,13 +57,19 @@ struct alignas(16) PackedWork {
   __device__ uint32_t run_of(uint32_t unit) const { return ((unit + 1) * runs - 1) / units; }
 };
 
+/// Where bounds come from.
+enum class Bounds {
+  kGiven,
+  kFresh,   ///< given, and to be read past L1, which may hold what they were before
+  kCounted  ///< offsets that the CTA itself has made, as int32: they are right
+};
+
 /// Finds groups by a running count of their tiles of tokens; each is `feature_units` units.
 ///
 /// A window is 128 groups: group 32 * i + l is the i-th of lane l. Where every group of the window has one
 /// tile at most, as when tokens are few, four ballots are the running count; else it is a prefix sum.
-/// Count: unsigned type that holds the units of all groups. Fresh: bounds are read past L1, which may hold what
-/// they were before.
-template <int TileTokens, class Count, bool Fresh>
+/// Count: unsigned type that holds the units of all groups.
+template <int TileTokens, class Count, Bounds From>
 class GroupWalker {
  public:
   struct Group {
@@ -156,6 +162,15 @@ class GroupWalker {
   // Reads where this lane's groups begin and how many rows they have. All loads go out before the first
   // is looked at; indices past the last bound read it again, which makes groups without rows.
   __device__ void load_rows() {
+    if constexpr (From == Bounds::kCounted) {
+      auto const* const offsets = static_cast<int32_t const*>(bounds_);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        first_row_[i] = offsets[min(group_of(i), params_.num_groups)];
+        rows_[i] = offsets[min(group_of(i) + 1, params_.num_groups)] - first_row_[i];
+      }
+      return;
+    }
     int const limit = params_.rows < 0x7fffffff ? int(params_.rows) : 0x7fffffff;
     bool const packed = is_packed();
     int const last = params_.num_groups - (packed ? 0 : 1);
@@ -270,9 +285,11 @@ class GroupWalker {
   }
 
   __device__ static int64_t load(int64_t const* bound) {
-    return Fresh ? __ldcg(reinterpret_cast<long long const*>(bound)) : *bound;
+    return From == Bounds::kFresh ? __ldcg(reinterpret_cast<long long const*>(bound)) : *bound;
   }
-  __device__ static int load(int32_t const* bound) { return Fresh ? __ldcg(bound) : *bound; }
+  __device__ static int load(int32_t const* bound) {
+    return From == Bounds::kFresh ? __ldcg(bound) : *bound;
+  }
 
   __device__ int group_of(int i) const { return window_ + 32 * i + lane_; }
 
@@ -296,8 +313,8 @@ class GroupWalker {
 };
 
 /// The work of one CTA, in order. Runs: the family's swapped kernels; turns: the others. Strip: features that
-/// no run parts. Fresh: GroupWalker's.
-template <bool Runs, int TileTokens, int TileFeatures, int TileK, int Strip, bool Fresh>
+/// no run parts. From: GroupWalker's.
+template <bool Runs, int TileTokens, int TileFeatures, int TileK, int Strip, Bounds From>
 class PackedSchedule {
  public:
   static constexpr int kStrip = Strip;
@@ -347,16 +364,17 @@ class PackedSchedule {
   __device__ uint32_t tiles() const { return tiles_; }
   __device__ uint32_t strips() const { return strips_; }
 
-  /// Boxes of weights that are enough for every piece of every run of so many tiles of tokens.
-  __device__ uint32_t largest_piece_of_all(uint32_t tiles) const {
+  /// Boxes of weights that are enough for every piece of every run of so many tiles of tokens, of so many strips
+  /// each.
+  __device__ static uint32_t largest_piece_of_all(uint32_t tiles, uint32_t strips) {
     uint32_t const ctas = ctas_of_tile(tiles);
     if (ctas >
         0) {  // runs have so many strips or one less; halves and the like of them are shorter
-      uint32_t const longest = (strips_ + ctas - 1) / ctas;
+      uint32_t const longest = (strips + ctas - 1) / ctas;
       return max(max(piece_of(longest), piece_of(max(longest, 2u) - 1)),
                  min((longest + 3) / 2, kMostStrips));
     }
-    return min(__umulhi(tiles * strips_, per_cta_) + 2, kMostStrips);
+    return min(tiles * strips / gridDim.x + 2, kMostStrips);
   }
   /// No piece gets larger, and each says so. Before next().
   __device__ void set_largest_piece(uint32_t boxes) { largest_piece_ = boxes; }
@@ -422,7 +440,7 @@ class PackedSchedule {
 
   // How many CTAs share a tile of tokens where each tile gets equally many; 0 where runs are cut without regard
   // to tiles.
-  __device__ uint32_t ctas_of_tile(uint32_t tiles) const {
+  __device__ static uint32_t ctas_of_tile(uint32_t tiles) {
     uint32_t const ctas = uint32_t((float(gridDim.x) + 0.5f) * arch::fast_reciprocal(float(tiles)));
     return 4 * tiles <= gridDim.x && 16 * ctas * tiles >= 15 * gridDim.x ? ctas : 0;
   }
@@ -504,8 +522,8 @@ class PackedSchedule {
   uint32_t k_tiles_;
   bool splits_;
   uint32_t strips_;  // of one group
-  GroupWalker<TileTokens, Count, Fresh> walker_;
-  typename GroupWalker<TileTokens, Count, Fresh>::Group group_;
+  GroupWalker<TileTokens, Count, From> walker_;
+  typename GroupWalker<TileTokens, Count, From>::Group group_;
   uint32_t per_cta_;        // 2^32 / CTAs, rounded up; 0 for one CTA
   uint32_t largest_piece_;  // in strips; 0 before the first piece of a run
   uint32_t tiles_ = 0;

@@ -79,17 +79,64 @@ class QuantisedRows {
           }
         }
         fetch(k_tile + kDepth, values[i]);
-        ring.wait_empty(state);
+        fill(ring, state, to, codes);
+      }
+    }
+  }
+
+  /// Codes of a whole row of up to so many k-tiles, which a warp can hold for the next pieces of the same rows.
+  static constexpr int kHeldTiles = 6;
+  using Held = uint2[kHeldTiles][kPasses];
+
+  /// Makes them, and the scales of the lane's rows from their largest magnitudes: in one trip to L2. NaN does not
+  /// count. Where there is no row, zeros and 1.
+  template <class Element>
+  __device__ void hold(int rows, Element const* const (&from)[kPasses], int k, Held& held,
+                       float (&scale)[kPasses]) const {
+    uint4 values[kHeldTiles][kPasses];
+    int const lane = threadIdx.x % kLanes;
 #pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-          arch::store_8_bytes(to(state) + Tile::swizzled(row_of(pass), lane / 2) + lane % 2 * 8,
-                              codes[pass]);
+    for (int tile = 0; tile < kHeldTiles; ++tile) {
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        int const at = tile * TileK + lane * 8;
+        values[tile][pass] = {};
+        if (row_of(pass) < rows && at < k) {
+          values[tile][pass] = __ldcg(reinterpret_cast<uint4 const*>(from[pass] + at));
         }
-        __syncwarp();
-        if (cute::elect_one_sync()) {
-          ring.arrive_full(state);
+      }
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      scale[pass] = 1.0f;
+#pragma unroll
+      for (int tile = 0; tile < kHeldTiles; ++tile) {
+        held[tile][pass] = {};
+      }
+      if (first_row_of(pass) < rows) {
+        typename epilogue::Pair<Element>::Type largest[4] = {};
+#pragma unroll
+        for (int tile = 0; tile < kHeldTiles; ++tile) {
+          epilogue::raise<Element>(largest, values[tile][pass]);
         }
-        ring.advance(state);
+        scale[pass] = epilogue::scale_of_maximum(of_row<Element>(largest));
+        epilogue::Quotient const quotient(scale[pass]);
+#pragma unroll
+        for (int tile = 0; tile < kHeldTiles; ++tile) {
+          held[tile][pass] = epilogue::quantised_chunk<Element>(values[tile][pass], quotient);
+        }
+      }
+    }
+  }
+
+  /// load() from what is held.
+  template <class Ring, class State, class To>
+  __device__ void load_held(Ring& ring, PackedWork const& work, State& state, To const& to,
+                            Held const& held) const {
+#pragma unroll
+    for (int tile = 0; tile < kHeldTiles; ++tile) {
+      if (tile < work.k_end) {
+        fill(ring, state, to, held[tile]);
       }
     }
   }
@@ -97,14 +144,14 @@ class QuantisedRows {
   /// The scales of the lane's rows, made from their largest magnitudes: NaN does not count. 1 where there is no
   /// row.
   template <class Element>
-  __device__ void scales(PackedWork const& work, Element const* const (&from)[kPasses], int k,
+  __device__ void scales(int rows, Element const* const (&from)[kPasses], int k,
                          float (&scale)[kPasses]) const {
     int const chunks = k / 8;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       scale[pass] = 1.0f;
-      if (first_row_of(pass) < work.rows) {
-        int const end = row_of(pass) < work.rows ? chunks : 0;
+      if (first_row_of(pass) < rows) {
+        int const end = row_of(pass) < rows ? chunks : 0;
         typename epilogue::Pair<Element>::Type largest[4] = {};
 #pragma unroll 1
         for (int first = threadIdx.x % kLanes; first < chunks; first += kLanes * kAtOnce) {
@@ -121,12 +168,7 @@ class QuantisedRows {
             epilogue::raise<Element>(largest, values[i]);
           }
         }
-        float maximum = epilogue::largest_of<Element>(largest);
-#pragma unroll
-        for (int apart = kLanes / 2; apart > 0; apart /= 2) {
-          maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, apart));
-        }
-        scale[pass] = epilogue::scale_of_maximum(maximum);
+        scale[pass] = epilogue::scale_of_maximum(of_row<Element>(largest));
       }
     }
   }
@@ -136,6 +178,35 @@ class QuantisedRows {
   static constexpr int kDepth = kPasses <= 2 || Warps == 1 ? 4 : kPasses <= 4 ? 3 : 1;
   // Chunks of a row whose loads are in flight while its maximum is looked for.
   static constexpr int kAtOnce = 12;
+
+  // Of all lanes that share the row.
+  template <class Element>
+  __device__ static float of_row(typename epilogue::Pair<Element>::Type const (&largest)[4]) {
+    float maximum = epilogue::largest_of<Element>(largest);
+#pragma unroll
+    for (int apart = kLanes / 2; apart > 0; apart /= 2) {
+      maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, apart));
+    }
+    return maximum;
+  }
+
+  // One stage.
+  template <class Ring, class State, class To>
+  __device__ void fill(Ring& ring, State& state, To const& to,
+                       uint2 const (&codes)[kPasses]) const {
+    int const lane = threadIdx.x % kLanes;
+    ring.wait_empty(state);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      arch::store_8_bytes(to(state) + Tile::swizzled(row_of(pass), lane / 2) + lane % 2 * 8,
+                          codes[pass]);
+    }
+    __syncwarp();
+    if (cute::elect_one_sync()) {
+      ring.arrive_full(state);
+    }
+    ring.advance(state);
+  }
 
   __device__ int first_row_of(int pass) const { return (pass * Warps + warp_) * kRowsAtOnce; }
 

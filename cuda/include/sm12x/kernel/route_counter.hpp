@@ -17,15 +17,19 @@ struct RouteCounter {
 
   alignas(16) int32_t offsets[kCapacity + 4];
 
+  /// A whole warp, before count().
+  __device__ void clear(int experts) {
+    for (int first = 0; first < experts; first += kPerRound) {
+      reinterpret_cast<int4*>(offsets + first)[threadIdx.x % 32] = {};
+    }
+    __syncwarp();
+  }
+
   /// A whole warp. Calls visit(route, local expert or -1) for every route, on one lane.
   template <class Visit>
   __device__ void count(sm12x_up_params const& up, int experts, Visit const& visit) {
     constexpr uint32_t kAllLanes = 0xffffffffu;
     int const lane = threadIdx.x % 32;
-    for (int first = 0; first < experts; first += kPerRound) {
-      reinterpret_cast<int4*>(offsets + first)[lane] = {};
-    }
-    __syncwarp();
     for (int first = 0; first < up.routes; first += 4 * 32) {
       int expert[4];
 #pragma unroll
