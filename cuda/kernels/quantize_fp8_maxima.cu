@@ -32,20 +32,15 @@ __device__ const unsigned sm12x_variant_info[5] = {kThreads, 0u, 0u, 0u, 0u};
 
 namespace {
 
-template <class Element>
 __device__ float largest(sm12x_maxima_params const& params) {
   int const chunks = params.k / 8;
   float maximum = 0.0f;
-  for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
-    auto const* const from = reinterpret_cast<Element const*>(params.x) + row * params.stride_x;
+  for (int64_t number = blockIdx.x; number < params.rows; number += gridDim.x) {
+    sm12x::kernel::Row const row(params.x, params.x_type, params.stride_x, number, nullptr);
     for (int chunk = threadIdx.x; chunk < chunks; chunk += kThreads) {
-      sm12x::kernel::Eight<Element> eight;
-      eight.load(from + chunk * 8);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float2 const pair = eight.pair(i);
-        maximum = fmaxf(maximum, fmaxf(fabsf(pair.x), fabsf(pair.y)));
-      }
+      float2 pairs[4];
+      row.values(row.load(chunk), pairs);
+      maximum = sm12x::kernel::raised(maximum, pairs);
     }
   }
   return maximum;
@@ -60,10 +55,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   sm12x::arch::wait_on_prerequisite_grids();
   sm12x::arch::launch_dependent_grids();
 #endif
-  float const own = params.x_type == SM12X_OUT_BFLOAT16  ? largest<__nv_bfloat16>(params)
-                    : params.x_type == SM12X_OUT_FLOAT16 ? largest<__half>(params)
-                                                         : largest<float>(params);
-  float const maximum = sm12x::kernel::largest_of_cta<kThreads>(own, of_warps);
+  float const maximum = sm12x::kernel::largest_of_cta<kThreads>(largest(params), of_warps);
   if (threadIdx.x == 0) {
     reinterpret_cast<uint32_t*>(params.maxima)[blockIdx.x] = __float_as_uint(maximum);
   }

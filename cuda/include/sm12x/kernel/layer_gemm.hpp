@@ -193,31 +193,39 @@ class LayerGemm {
 #pragma unroll 1
       while (share < gridDim.x) {
         schedule.take(share);
-        Work work;
-        work.phase = phase;
-        schedule.next(work.piece);
+        // As in PackedGemm::find_work.
+        Work work = {};
+        bool has_work = false;
         bool is_first = true;
-        while (__any_sync(0xffffffffu, work.piece.group >= 0)) {
+#pragma unroll 1
+        for (bool goes_on = true; goes_on;) {
+          work.piece.largest_piece = boxes;
           Stages const stages = set_stages(shared, ring, work.piece, stages_of_boxes);
           int const middle = min(int(ring.stages()), work.piece.k_end);
-          load_weights(gemm, phase, ring, stages, work.piece, 0, middle, loaded, [&] {
+          if (has_work) {
+            load_weights(gemm, phase, ring, stages, work.piece, 0, middle, loaded, [&] {
+              if (is_first) {
+                queue.put(at, work);
+              }
+            });
             if (is_first) {
-              queue.put(at, work);
+              queue.advance(at);
+              is_first = false;
             }
-          });
-          if (is_first) {
-            queue.advance(at);
-            is_first = false;
           }
           Work following;
           following.phase = phase;
           schedule.next(following.piece);
-          if (__any_sync(0xffffffffu, following.piece.group >= 0)) {
+          goes_on = __any_sync(0xffffffffu, following.piece.group >= 0);
+          if (has_work && goes_on) {
             put(queue, at, following);
           }
-          load_weights(gemm, phase, ring, stages, work.piece, middle, work.piece.k_end, loaded,
-                       [] {});
+          if (has_work) {
+            load_weights(gemm, phase, ring, stages, work.piece, middle, work.piece.k_end, loaded,
+                         [] {});
+          }
           work = following;
+          has_work = true;
         }
         share = from_first_lane(claim(state + kShares + phase));
       }

@@ -5,9 +5,21 @@
 #include <cstdint>
 
 #include <sm12x/abi_moe.h>
-#include <sm12x/kernel/router.hpp>
 
 namespace sm12x::kernel {
+
+/// Local expert of a route, -1: none of this device's. Params: a launch struct with ids and a map.
+template <class Params>
+__device__ int expert_of(Params const& params, int route, int num_experts) {
+  int64_t id = params.ids_are_64_bit
+                   ? __ldcg(reinterpret_cast<long long const*>(params.topk_ids) + route)
+                   : int64_t(__ldcg(reinterpret_cast<int32_t const*>(params.topk_ids) + route));
+  if (params.expert_map != 0) {
+    bool const known = id >= 0 && id < params.map_size;
+    id = known ? __ldcg(reinterpret_cast<int32_t const*>(params.expert_map) + id) : -1;
+  }
+  return id >= 0 && id < num_experts ? int(id) : -1;
+}
 
 /// Offsets, as sorting the routes by expert gives them, in shared memory.
 struct RouteCounter {

@@ -1,8 +1,9 @@
 /// Sorts routes by expert, stably: a counting sort by one CTA, or by many in two launches.
 ///
 /// A CTA's routes are cut into equal parts, one for each of its sorting warps. A warp counts its routes of
-/// each expert; the sums over experts, CTAs and warps in front are where its routes begin; then it goes
-/// through them again and places each. No CTA waits for another one.
+/// each expert; the sums over experts, CTAs and warps in front are where its routes begin; then it places
+/// each. No CTA waits for another one, and with few routes no warp for another one: one sorts them, and does
+/// what it can while their ids are on their way.
 #pragma once
 
 #include <cstdint>
@@ -11,17 +12,22 @@
 
 namespace sm12x::kernel {
 
-/// Local expert of a route, -1: none of this device's. Params: a launch struct with ids and a map.
-template <class Params>
-__device__ int expert_of(Params const& params, int route, int num_experts) {
-  int64_t id = params.ids_are_64_bit
-                   ? __ldcg(reinterpret_cast<long long const*>(params.topk_ids) + route)
-                   : int64_t(__ldcg(reinterpret_cast<int32_t const*>(params.topk_ids) + route));
-  if (params.expert_map != 0) {
-    bool const known = id >= 0 && id < params.map_size;
-    id = known ? __ldcg(reinterpret_cast<int32_t const*>(params.expert_map) + id) : -1;
+/// The sum of a value of this lane and all in front of it. All lanes of a warp.
+__device__ inline uint32_t sum_up_to_lane(uint32_t value) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    // The shuffle's own predicate says whether there is such a lane (PTX ISA, "shfl.sync").
+    asm volatile(
+        "{\n"
+        ".reg .pred there;\n"
+        ".reg .b32 before;\n"
+        "shfl.sync.up.b32 before|there, %0, %1, 0, 0xffffffff;\n"
+        "@there add.u32 %0, %0, before;\n"
+        "}"
+        : "+r"(value)
+        : "r"(distance));
   }
-  return id >= 0 && id < num_experts ? int(id) : -1;
+  return value;
 }
 
 /// Threads: of the CTA.
@@ -31,240 +37,325 @@ class Router {
   static constexpr int kMostExperts = 1024;
   static constexpr int kCounters = 4096;  // of all warps: with many experts fewer warps sort
   static constexpr int kWarps = Threads / 32;
-  static_assert(kWarps <= 32 && 2 * Threads >= kMostExperts);
-  static_assert(kCounters / kMostExperts >= 1);
+  static_assert((kWarps & (kWarps - 1)) == 0 && kCounters / kMostExperts >= 1);
 
   struct SharedMemory {
-    uint32_t of_warp[kCounters];  // of an expert, for each warp: its routes, later where they begin
-    uint32_t totals[kWarps];
+    alignas(
+        16) uint32_t of_warp[kCounters];  // of an expert, for each warp: its routes, later where
+                                          // they begin
+    alignas(16) uint32_t totals[kMostExperts];  // of an expert, where one warp does not know them
+    uint32_t rows;
   };
 
   __device__ Router(sm12x_route_params const& params, SharedMemory& shared)
       : params_(params),
         shared_(shared),
-        warp_(threadIdx.x / 32),
-        lane_(threadIdx.x % 32),
+        warp_(int(threadIdx.x / 32)),
+        lane_(int(threadIdx.x % 32)),
         first_(int(blockIdx.x) * SM12X_ROUTES_PER_CTA),
         end_(min(first_ + SM12X_ROUTES_PER_CTA, params.routes)),
-        // An even number of counters, so that two are one word of a load.
-        experts_((params.num_experts + 1) / 2 * 2) {
-    int const rounds = (end_ - first_ + 31) / 32;
-    warps_ = max(1, min(min(kWarps, kCounters / experts_), rounds));
-    part_ = (rounds + warps_ - 1) / warps_ * 32;
+        // A multiple of 4 counters, which are one word of a load.
+        experts_((params.num_experts + 3) & ~3) {
+    int const rounds = (end_ - first_ + 31) >> 5;
+    int rounds_of_warp = rounds;
+    // Halving needs no divisions.
+#pragma unroll 1
+    while (rounds_of_warp > kAtOnce && warps_ < kWarps && 2 * warps_ * experts_ <= kCounters) {
+      warps_ *= 2;
+      rounds_of_warp = (rounds_of_warp + 1) >> 1;
+    }
+    alone_ = warps_ == 1 && params.phase == SM12X_ROUTE_ALL;
+    held_ = rounds_of_warp <= kAtOnce;
+    begin_of_warp_ = first_ + warp_ * rounds_of_warp * 32;
+    end_of_warp_ = min(begin_of_warp_ + rounds_of_warp * 32, end_);
+    counters_ = shared.of_warp + warp_ * experts_;
   }
 
   /// All threads of CTAs 0 to route_ctas - 1.
   __device__ void run() {
-    count();
-    __syncthreads();
-    if (params_.phase == SM12X_ROUTE_COUNT) {
-      write_counts();
-      clear();
-      return;
+    bool const sorts = warp_ < warps_;
+    if (sorts) {
+      request(begin_of_warp_);
+      reciprocal_ = 0xffffffffu / uint32_t(params_.top_k);
+      zero_counters();
     }
-    uint32_t const rows = find_starts();
-    __syncthreads();
-    place();
-    finish(rows);
-    if (params_.phase == SM12X_ROUTE_ALL) {
+    if (params_.phase != SM12X_ROUTE_PLACE) {
       clear();
+    }
+    // Twice through the routes, with one copy of the instructions: counting, then placing.
+    uint32_t rows = 0;
+#pragma unroll 1
+    for (bool places = false;; places = true) {
+      if (sorts) {
+        go_through(places);
+      }
+      if (places) {
+        break;
+      }
+      if (!alone_) {
+        __syncthreads();
+        add_warps();
+        if (params_.phase == SM12X_ROUTE_COUNT) {
+          return;
+        }
+        __syncthreads();
+      }
+      if (sorts) {
+        rows = find_starts();
+      }
+    }
+    if (sorts) {
+      finish(rows);
+    }
+    if (params_.padded != 0 && blockIdx.x == 0) {
+      __syncthreads();
+      pad(shared_.rows);
     }
   }
 
  private:
   static constexpr uint32_t kAllLanes = 0xffffffffu;
 
-  // Rounds of 32 routes whose experts are asked for together: each takes a trip to L2, or two with a map.
-  static constexpr int kAtOnce = 4;
+  // Rounds of 32 routes whose experts are asked for together: each takes a trip to L2, or two with a map. So
+  // many one warp sorts by itself sooner than several that have to wait for each other.
+  static constexpr int kAtOnce = 2;
 
-  __device__ void load_experts(int at, int end, int (&experts)[kAtOnce]) const {
+  // Asks for the ids of the routes from `at` on and, where they are to be placed, for their weights.
+  __device__ void request(int at) {
+    auto const* const ids = reinterpret_cast<uint32_t const*>(params_.topk_ids);
+    auto const* const weights = reinterpret_cast<float const*>(params_.topk_weights);
+    int const wide = params_.ids_are_64_bit != 0 ? 1 : 0;
+    bool const weighted = params_.row_weight != 0 && params_.phase != SM12X_ROUTE_COUNT;
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       int const route = at + 32 * i + lane_;
-      experts[i] = route < end ? expert_of(params_, route, params_.num_experts) : -1;
+      ids_[i] = ~0u;
+      high_[i] = 0;
+      if (route < end_of_warp_) {
+        auto const* const id = ids + (int64_t(route) << wide);
+        ids_[i] = __ldcg(id);
+        if (wide != 0) {
+          high_[i] = __ldcg(id + 1);
+        }
+        if (weighted) {
+          weights_[i] = weights[route];
+        }
+      }
     }
   }
 
-  // Calls visit(route, expert, how many of the warp's 32 routes in front have the same one, how many of all
-  // have it) for this warp's routes, in order; expert -1 has no row. Before the first of every few rounds
-  // prepare(their first route, behind their last).
-  template <class Prepare, class Visit>
-  __device__ void for_each_route(Prepare const& prepare, Visit const& visit) {
-    if (warp_ >= warps_) {
+  __device__ void zero_counters() {
+#pragma unroll 1
+    for (int expert = 4 * lane_; expert < experts_; expert += 4 * 32) {
+      reinterpret_cast<uint4&>(counters_[expert]) = {};
+    }
+    __syncwarp();
+  }
+
+  // Counts this warp's routes, or places them.
+  __device__ void go_through(bool places) {
+#pragma unroll 1
+    for (int at = begin_of_warp_; at < end_of_warp_; at += 32 * kAtOnce) {
+      if (!places || !held_) {
+        look_up();
+        number(at);
+      }
+      if (places) {
+        place(at);
+      }
+      if (!held_) {  // the next ones, behind the last ones the first ones again
+        int const next = at + 32 * kAtOnce;
+        request(next < end_of_warp_ ? next : begin_of_warp_);
+      }
+    }
+  }
+
+  // Makes local experts of the ids, -1: none of this device's. No number of experts reaches 2^31, so that
+  // negative ids are too large.
+  __device__ void look_up() {
+    auto const* const map = reinterpret_cast<int32_t const*>(params_.expert_map);
+    uint32_t const known = map != nullptr ? params_.map_size : params_.num_experts;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      expert_[i] = high_[i] == 0 && ids_[i] < known ? int(ids_[i]) : -1;
+    }
+    if (map == nullptr) {
       return;
     }
-    int const begin = first_ + warp_ * part_;
-    int const end = min(begin + part_, end_);
-    for (int at = begin; at < end; at += 32 * kAtOnce) {
-      if (at != held_at_) {
-        load_experts(at, end, held_);
-        held_at_ = at;
-      }
-      prepare(at, end);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (at + 32 * i < end) {
-          int const route = at + 32 * i + lane_;
-          uint32_t const peers = __match_any_sync(kAllLanes, held_[i]);
-          visit(i, route < end ? route : -1, held_[i], __popc(peers & ((1u << lane_) - 1)),
-                __popc(peers));
-          __syncwarp();
+    for (int i = 0; i < kAtOnce; ++i) {
+      expert_[i] = expert_[i] >= 0 ? __ldcg(map + expert_[i]) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      expert_[i] = uint32_t(expert_[i]) < uint32_t(params_.num_experts) ? expert_[i] : -1;
+    }
+  }
+
+  // Numbers the routes of each expert, in order, from its counter on, and raises that.
+  __device__ void number(int at) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (at + 32 * i < end_of_warp_) {
+        bool const there = expert_[i] >= 0;
+        uint32_t const peers = __match_any_sync(kAllLanes, expert_[i]);
+        uint32_t const in_front = __popc(peers & ((1u << lane_) - 1));
+        uint32_t const before = there ? counters_[expert_[i]] : 0;
+        __syncwarp();
+        if (there && in_front == 0) {
+          counters_[expert_[i]] = before + __popc(peers);
         }
+        __syncwarp();
+        number_[i] = before + in_front;
       }
     }
   }
 
-  __device__ uint32_t* counters_of_warp(int warp) const {
-    return shared_.of_warp + warp * experts_;
-  }
-
-  __device__ void count() {
-    for (int i = threadIdx.x; i < warps_ * experts_; i += Threads) {
-      shared_.of_warp[i] = 0;
-    }
-    __syncthreads();
-    uint32_t* const counters = counters_of_warp(warp_ < warps_ ? warp_ : 0);
-    for_each_route([](int, int) {},
-                   [&](int, int, int expert, int in_front, int all) {
-                     if (expert >= 0 && in_front == 0) {
-                       counters[expert] += all;
-                     }
-                   });
-  }
-
-  __device__ void write_counts() const {
-    auto* const counts =
-        reinterpret_cast<uint32_t*>(params_.counts) + int64_t(blockIdx.x) * params_.num_experts;
-    for (int expert = threadIdx.x; expert < params_.num_experts; expert += Threads) {
-      uint32_t sum = 0;
-      for (int warp = 0; warp < warps_; ++warp) {
-        sum += counters_of_warp(warp)[expert];
-      }
-      counts[expert] = sum;
-    }
-  }
-
-  // Turns counts into the rows at which the warps' routes begin. Returns the rows of all experts. A thread has
-  // two experts, neighbours.
-  __device__ uint32_t find_starts() {
-    uint32_t in_front[2] = {0, 0};  // routes of CTAs before this one
-    uint32_t total[2] = {0, 0};
-    int const expert = 2 * int(threadIdx.x);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (expert + i >= params_.num_experts) {
-        continue;
-      }
-      if (params_.phase == SM12X_ROUTE_PLACE) {
-        auto const* counts = reinterpret_cast<uint32_t const*>(params_.counts) + expert + i;
+  // Makes of the counts of warps how many routes of an expert lie in front of a warp's, and adds them up.
+  __device__ void add_warps() {
+    constexpr int kTogether = 4;
+#pragma unroll 1
+    for (int expert = threadIdx.x; expert < experts_; expert += Threads) {
+      uint32_t in_front = 0;
+      uint32_t total = 0;
+      if (params_.phase == SM12X_ROUTE_PLACE && expert < params_.num_experts) {
+        auto const* counts = reinterpret_cast<uint32_t const*>(params_.counts) + expert;
+#pragma unroll 4
         for (int cta = 0; cta < params_.route_ctas; ++cta, counts += params_.num_experts) {
           uint32_t const count = *counts;
-          in_front[i] += cta < int(blockIdx.x) ? count : 0;
-          total[i] += count;
+          in_front += cta < int(blockIdx.x) ? count : 0;
+          total += count;
+        }
+      }
+#pragma unroll 1
+      for (int warp = 0; warp < warps_; warp += kTogether) {
+        uint32_t* const counters = shared_.of_warp + warp * experts_ + expert;
+        uint32_t own[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          own[i] = warp + i < warps_ ? counters[i * experts_] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          if (warp + i < warps_) {
+            counters[i * experts_] = in_front;
+          }
+          in_front += own[i];
+        }
+      }
+      if (params_.phase == SM12X_ROUTE_COUNT) {
+        if (expert < params_.num_experts) {
+          reinterpret_cast<uint32_t*>(
+              params_.counts)[int64_t(blockIdx.x) * params_.num_experts + expert] = in_front;
         }
       } else {
-        for (int warp = 0; warp < warps_; ++warp) {
-          total[i] += counters_of_warp(warp)[expert + i];
-        }
+        shared_.totals[expert] = params_.phase == SM12X_ROUTE_PLACE ? total : in_front;
       }
     }
-    uint32_t up_to = total[0] + total[1];
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      uint32_t const before = __shfl_up_sync(kAllLanes, up_to, distance);
-      up_to += lane_ >= distance ? before : 0;
-    }
-    if (lane_ == 31) {
-      shared_.totals[warp_] = up_to;
-    }
-    __syncthreads();
-    uint32_t before = up_to - total[0] - total[1];
-    uint32_t rows = 0;
-    for (int warp = 0; warp < kWarps; ++warp) {
-      before += warp < warp_ ? shared_.totals[warp] : 0;
-      rows += shared_.totals[warp];
-    }
+  }
+
+  // Makes of this warp's counters the rows at which its routes begin. Returns the rows of all experts. Every
+  // sorting warp goes through all experts, four of a lane at a time.
+  __device__ uint32_t find_starts() {
+    uint32_t const* const totals = alone_ ? counters_ : shared_.totals;
+    bool const tells = warp_ == 0 && blockIdx.x == 0;
     auto* const offsets = reinterpret_cast<int32_t*>(params_.offsets);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (expert + i < params_.num_experts) {
-        if (blockIdx.x == 0) {
-          offsets[expert + i] = int(before);
-        }
-        uint32_t start = before + in_front[i];
-        for (int warp = 0; warp < warps_; ++warp) {
-          uint32_t& counter = counters_of_warp(warp)[expert + i];
-          uint32_t const own = counter;
-          counter = start;
-          start += own;
-        }
-        before += total[i];
+    uint32_t rows = 0;
+#pragma unroll 1
+    for (int first = 0; first < experts_; first += 4 * 32) {
+      int const expert = first + 4 * lane_;
+      bool const there = expert < experts_;
+      uint4 const total = there ? reinterpret_cast<uint4 const&>(totals[expert]) : uint4{};
+      uint4& counters = reinterpret_cast<uint4&>(counters_[expert]);
+      uint4 const in_front = there && !alone_ ? counters : uint4{};
+      uint32_t const sum = total.x + total.y + total.z + total.w;
+      uint32_t const up_to = sum_up_to_lane(sum);
+      uint4 start;
+      start.x = rows + up_to - sum;
+      start.y = start.x + total.x;
+      start.z = start.y + total.y;
+      start.w = start.z + total.z;
+      if (there) {
+        counters = {start.x + in_front.x, start.y + in_front.y, start.z + in_front.z,
+                    start.w + in_front.w};
       }
+      if (tells) {
+        uint32_t const of[4] = {start.x, start.y, start.z, start.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (expert + i < params_.num_experts) {
+            offsets[expert + i] = int(of[i]);
+          }
+        }
+      }
+      rows += __shfl_sync(kAllLanes, up_to, 31);
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
+    if (tells && lane_ == 0) {
       offsets[params_.num_experts] = int(rows);
+      shared_.rows = rows;
     }
+    __syncwarp();
     return rows;
   }
 
-  __device__ void place() {
+  // Numbered routes. Where numbers were counted from 0, counters say where experts begin.
+  __device__ void place(int at) const {
     auto* const row_index = reinterpret_cast<int32_t*>(params_.row_index);
     auto* const route_row = reinterpret_cast<int32_t*>(params_.route_row);
     auto* const row_weight = reinterpret_cast<float*>(params_.row_weight);
-    auto const* const weights = reinterpret_cast<float const*>(params_.topk_weights);
-    uint32_t* const starts = counters_of_warp(warp_ < warps_ ? warp_ : 0);
-    float weight[kAtOnce];
-    auto const load_weights = [&](int at, int end) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        int const route = at + 32 * i + lane_;
-        weight[i] = row_weight != nullptr && route < end ? weights[route] : 0.0f;
-      }
-    };
-    for_each_route(load_weights, [&](int i, int route, int expert, int in_front, int all) {
-      uint32_t const start = expert >= 0 ? starts[expert] : 0;
-      __syncwarp();
-      if (expert >= 0 && in_front == 0) {
-        starts[expert] = start + all;
-      }
-      if (route < 0) {
-        return;
-      }
-      int const row = expert >= 0 ? int(start) + in_front : -1;
-      route_row[route] = row;
-      if (row >= 0) {
-        row_index[row] = route / params_.top_k;
-        if (row_weight != nullptr) {
-          row_weight[row] = weight[i];
+    for (int i = 0; i < kAtOnce; ++i) {
+      int const route = at + 32 * i + lane_;
+      if (route < end_of_warp_) {
+        int row = -1;
+        if (expert_[i] >= 0) {
+          row = int(number_[i] + (held_ ? counters_[expert_[i]] : 0));
+          row_index[row] = token_of(route);
+          if (row_weight != nullptr) {
+            row_weight[row] = weights_[i];
+          }
         }
+        route_row[route] = row;
       }
-    });
+    }
   }
 
-  // Rows that no route has. CTAs share them.
+  // route / top_k. The reciprocal, of 32 bits and rounded down, gives this or one less for every route.
+  __device__ int token_of(int route) const {
+    uint32_t const near = __umulhi(uint32_t(route), reciprocal_);
+    uint32_t const top_k = uint32_t(params_.top_k);
+    return int(near + (uint32_t(route) - near * top_k >= top_k ? 1 : 0));
+  }
+
+  // Rows that no route has. CTAs share them, and the warps that sort.
   __device__ void finish(uint32_t rows) const {
     auto* const row_index = reinterpret_cast<int32_t*>(params_.row_index);
     auto* const row_weight = reinterpret_cast<float*>(params_.row_weight);
-    for (int row = max(int(rows), first_) + int(threadIdx.x); row < end_; row += Threads) {
+#pragma unroll 1
+    for (int row = max(int(rows), first_) + int(threadIdx.x); row < end_; row += 32 * warps_) {
       row_index[row] = -1;
       if (row_weight != nullptr) {
         row_weight[row] = 0.0f;
       }
     }
-    if (params_.padded != 0 && blockIdx.x == 0) {
-      int const chunks = params_.padded_bytes / 16;
-      int const padding = min(params_.padding, params_.routes - int(rows));
-      auto* const to = reinterpret_cast<uint4*>(params_.padded) + int64_t(rows) * chunks;
-      for (int64_t i = threadIdx.x; i < int64_t(padding) * chunks; i += Threads) {
-        to[i] = {};
-      }
+  }
+
+  __device__ void pad(uint32_t rows) const {
+    int const chunks = params_.padded_bytes / 16;
+    int const zeros = min(params_.padding, params_.routes - int(rows)) * chunks;
+    auto* const to = reinterpret_cast<uint4*>(params_.padded) + int64_t(rows) * chunks;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < zeros; i += Threads) {
+      to[i] = {};
     }
   }
 
+  // The last warps first: with few routes they have nothing else to do.
   __device__ void clear() const {
     auto* const maxima = reinterpret_cast<uint32_t*>(params_.row_maxima);
     if (maxima != nullptr) {
-      for (int row = first_ + int(threadIdx.x); row < end_; row += Threads) {
+#pragma unroll 1
+      for (int row = first_ + Threads - 1 - int(threadIdx.x); row < end_; row += Threads) {
         maxima[row] = 0;
       }
     }
@@ -277,10 +368,18 @@ class Router {
   int first_;  // of this CTA's routes
   int end_;
   int experts_;
-  int warps_;  // that sort
-  int part_;   // routes of a sorting warp, a multiple of 32
-  int held_at_ = -1;
-  int held_[kAtOnce];  // local experts of this lane's routes from there on
+  int warps_ = 1;      // that sort
+  bool alone_;         // one warp knows all routes: nobody waits
+  bool held_;          // a warp's routes are all in its registers
+  int begin_of_warp_;  // of this warp's routes
+  int end_of_warp_;
+  uint32_t* counters_;     // of this warp, of each expert
+  uint32_t reciprocal_;    // of top_k, times 2^32
+  uint32_t ids_[kAtOnce];  // of this lane's routes, a round's each
+  uint32_t high_[kAtOnce];
+  float weights_[kAtOnce];
+  int expert_[kAtOnce];       // local
+  uint32_t number_[kAtOnce];  // among the expert's routes
 };
 
 }  // namespace sm12x::kernel

@@ -9,16 +9,14 @@
 
 namespace sm12x::kernel {
 
-/// The largest of a value of every thread of the CTA, in all of them; NaN does not count. `scratch` is free
-/// again after the CTA's next barrier.
+/// The largest of a magnitude (not negative, no NaN) of every thread of the CTA, in all of them. `scratch` is
+/// free again after the CTA's next barrier.
 template <int Threads>
 __device__ float largest_of_cta(float value, float (&scratch)[Threads / 32]) {
-#pragma unroll
-  for (int apart = 16; apart > 0; apart /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, apart));
-  }
+  // Bits of numbers that are not negative have the order of the numbers.
+  uint32_t const of_warp = __reduce_max_sync(0xffffffffu, __float_as_uint(value));
   if (threadIdx.x % 32 == 0) {
-    scratch[threadIdx.x / 32] = value;
+    scratch[threadIdx.x / 32] = __uint_as_float(of_warp);
   }
   __syncthreads();
   float largest = 0.0f;
@@ -29,69 +27,87 @@ __device__ float largest_of_cta(float value, float (&scratch)[Threads / 32]) {
   return largest;
 }
 
-/// 8 neighbouring elements of a row, as floats.
-template <class Element>
-struct Eight {
-  static constexpr int kBytes = 8 * int(sizeof(Element));
-  uint4 words[kBytes / 16];
-
-  __device__ void load(void const* from) {
-#pragma unroll
-    for (int i = 0; i < kBytes / 16; ++i) {
-      words[i] = static_cast<uint4 const*>(from)[i];
-    }
-  }
-  __device__ float2 pair(int i) const {
-    if constexpr (sizeof(Element) == 4) {
-      uint4 const& four = words[i / 2];
-      return i % 2 == 0 ? float2{__uint_as_float(four.x), __uint_as_float(four.y)}
-                        : float2{__uint_as_float(four.z), __uint_as_float(four.w)};
-    } else {
-      uint4 const& eight = words[0];
-      return epilogue::Pair<Element>::unpack(i == 0   ? eight.x
-                                             : i == 1 ? eight.y
-                                             : i == 2 ? eight.z
-                                                      : eight.w);
-    }
-  }
-};
-
-/// The values of a row as the launch wants them quantised: weighted, where there are weights.
-template <class Element>
-class WeightedRow {
+/// A row of elements of a type that the launch chooses, times the row's weight where it has one, in chunks
+/// of 8. What its elements mean is decided at each chunk, so that a kernel holds the code behind it once: in
+/// a chain of short kernels, fetching instructions is what takes their time.
+class Row {
  public:
-  __device__ WeightedRow(sm12x_quantize_params const& params, int64_t row)
-      : from_(reinterpret_cast<Element const*>(params.x) + row * params.stride_x),
-        weighted_(params.weight != 0),
-        weight_(weighted_ ? rounded(reinterpret_cast<float const*>(params.weight)[row]) : 1.0f) {}
+  /// A chunk as it lies in memory: 16 bytes, or 32 of floats.
+  struct Chunk {
+    uint4 low;
+    uint4 high;
+  };
 
-  /// Pairs 0 to 3 of chunk `chunk` of 8 elements.
-  __device__ void load(int chunk, float2 (&pairs)[4]) const {
-    Eight<Element> eight;
-    eight.load(from_ + chunk * 8);
+  /// x: of sm12x_out_type `type`. weight: float, of this row, or null.
+  __device__ Row(uint64_t x, int type, int64_t stride, int64_t row, float const* weight)
+      : type_(type),
+        from_(reinterpret_cast<uint4 const*>(x + ((row * stride) << shift()))),
+        weighted_(weight != nullptr) {
+    weight_ = weighted_ ? rounded({*weight, 0.0f}).x : 1.0f;
+  }
+
+  __device__ Chunk load(int chunk) const {
+    bool const wide = type_ == SM12X_OUT_FLOAT32;
+    uint4 const* const at = from_ + (wide ? 2 * chunk : chunk);
+    return {at[0], wide ? at[1] : uint4{}};
+  }
+
+  __device__ void values(Chunk const& chunk, float2 (&pairs)[4]) const {
+    uint32_t const words[4] = {chunk.low.x, chunk.low.y, chunk.low.z, chunk.low.w};
+    if (type_ == SM12X_OUT_FLOAT32) {
+      pairs[0] = {__uint_as_float(words[0]), __uint_as_float(words[1])};
+      pairs[1] = {__uint_as_float(words[2]), __uint_as_float(words[3])};
+      pairs[2] = {__uint_as_float(chunk.high.x), __uint_as_float(chunk.high.y)};
+      pairs[3] = {__uint_as_float(chunk.high.z), __uint_as_float(chunk.high.w)};
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      pairs[i] = eight.pair(i);
-      if (weighted_) {
-        pairs[i] = {rounded(pairs[i].x * weight_), rounded(pairs[i].y * weight_)};
+      for (int i = 0; i < 4; ++i) {
+        pairs[i] = type_ == SM12X_OUT_BFLOAT16 ? epilogue::Pair<__nv_bfloat16>::unpack(words[i])
+                                               : epilogue::Pair<__half>::unpack(words[i]);
+      }
+    }
+    if (weighted_) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        pairs[i] = rounded({pairs[i].x * weight_, pairs[i].y * weight_});
       }
     }
   }
 
  private:
-  __device__ static float rounded(float value) { return float(Element(value)); }
+  __device__ int shift() const { return type_ == SM12X_OUT_FLOAT32 ? 2 : 1; }
 
-  Element const* from_;
+  __device__ float2 rounded(float2 pair) const {
+    if (type_ == SM12X_OUT_FLOAT32) {
+      return pair;
+    }
+    using Bfloat16 = epilogue::Pair<__nv_bfloat16>;
+    using Float16 = epilogue::Pair<__half>;
+    return type_ == SM12X_OUT_BFLOAT16 ? Bfloat16::unpack(Bfloat16::pack(pair.x, pair.y))
+                                       : Float16::unpack(Float16::pack(pair.x, pair.y));
+  }
+
+  int type_;
+  uint4 const* from_;
   bool weighted_;
   float weight_;
 };
+
+/// `maximum`, or the largest magnitude of a chunk's values where that is larger.
+__device__ inline float raised(float maximum, float2 const (&pairs)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    maximum = fmaxf(maximum, fmaxf(fabsf(pairs[i].x), fabsf(pairs[i].y)));
+  }
+  return maximum;
+}
 
 /// Threads: of the CTA.
 template <int Threads>
 class RowQuantiser {
  public:
   struct SharedMemory {
-    float of_warps[Threads / 32];
+    alignas(16) float of_warps[Threads / 32];
   };
 
   /// All threads of the CTA, for one row.
@@ -101,116 +117,125 @@ class RowQuantiser {
       pad(params, row);
       return;
     }
-    if (params.x_type == SM12X_OUT_BFLOAT16) {
-      quantise_as<__nv_bfloat16>(params, row, shared);
-    } else if (params.x_type == SM12X_OUT_FLOAT16) {
-      quantise_as<__half>(params, row, shared);
-    } else {
-      quantise_as<float>(params, row, shared);
+    auto const* const weights = reinterpret_cast<float const*>(params.weight);
+    Row const from(params.x, params.x_type, params.stride_x, row,
+                   weights != nullptr ? weights + row : nullptr);
+    // Without rows the one CTA that there is still has to give the scale.
+    int const chunks = row < params.rows ? params.k / 8 : 0;
+    int const own = (chunks + Threads - 1 - int(threadIdx.x)) / Threads;  // chunks of this thread
+
+    // A thread reads its chunks from the last to the first, so that the first ones are there when codes are
+    // made of them. Those behind are read again, and not at all where nobody asks for their maximum.
+    float2 held[kHeld][4];
+    float maximum = 0.0f;
+    int i = params.mode == SM12X_QUANTIZE_ROWS ? own : min(own, kHeld);
+    Row::Chunk next;
+    if (i > 0) {
+      next = from.load(at(i - 1));
+    }
+#pragma unroll 1
+    while (--i >= 0) {
+      Row::Chunk const chunk = next;
+      if (i > 0) {
+        next = from.load(at(i - 1));
+      }
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        held[1][pair] = held[0][pair];
+      }
+      from.values(chunk, held[0]);
+      maximum = raised(maximum, held[0]);
+    }
+
+    float const scale = scale_of(params, row, maximum, shared);
+    bool const is_of_row =
+        params.mode == SM12X_QUANTIZE_ROWS || params.mode == SM12X_QUANTIZE_MAXIMA;
+    if (params.scale != 0 && threadIdx.x == 0 && (is_of_row || row == 0)) {
+      reinterpret_cast<float*>(params.scale)[is_of_row ? row : 0] = scale;
+    }
+
+    auto* const to = reinterpret_cast<uint2*>(params.q + row * params.stride_q);
+    bool const is_any = params.mode == SM12X_QUANTIZE_STATIC;  // any number, zero too
+    epilogue::Quotient const quotient(scale);
+#pragma unroll 1
+    for (i = 0; i < own; ++i) {
+      bool const more = i + kHeld < own;
+      if (more) {
+        next = from.load(at(i + kHeld));
+      }
+      to[at(i)] = is_any ? codes_of_divisions(held[0], scale) : codes(held[0], quotient);
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        held[0][pair] = held[1][pair];
+      }
+      if (more) {
+        from.values(next, held[1]);
+      }
     }
   }
 
  private:
+  // Chunks of a thread that stay in its registers between the maximum and the codes.
+  static constexpr int kHeld = 2;
+
+  /// Chunk `i` of this thread.
+  __device__ static int at(int i) { return int(threadIdx.x) + i * Threads; }
+
   __device__ static void pad(sm12x_quantize_params const& params, int64_t row) {
     if (row < *reinterpret_cast<int32_t const*>(params.row_count) + params.padding) {
       auto* const to = reinterpret_cast<uint2*>(params.q + row * params.stride_q);
+#pragma unroll 1
       for (int chunk = threadIdx.x; chunk < params.k / 8; chunk += Threads) {
         to[chunk] = {};
       }
     }
   }
 
-  // Chunks of a thread that stay in its registers between the maximum and the codes. Others are read again.
-  static constexpr int kHeld = 2;
-
-  template <class Element>
-  __device__ static void quantise_as(sm12x_quantize_params const& params, int64_t row,
-                                     SharedMemory& shared) {
-    WeightedRow<Element> const from(params, row);
-    // Without rows the one CTA that there is still has to give the scale.
-    int const chunks = row < params.rows ? params.k / 8 : 0;
-    float2 held[kHeld][4];
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      int const chunk = threadIdx.x + i * Threads;
-      if (chunk < chunks) {
-        from.load(chunk, held[i]);
-      } else {
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-          held[i][pair] = {0.0f, 0.0f};
+  /// maximum: the largest magnitude that this thread has seen of the row.
+  __device__ static float scale_of(sm12x_quantize_params const& params, int64_t row, float maximum,
+                                   SharedMemory& shared) {
+    auto const* const source = reinterpret_cast<float const*>(params.source);
+    if (params.mode == SM12X_QUANTIZE_STATIC) {
+      return source != nullptr ? *source : params.static_scale;
+    }
+    if (params.mode == SM12X_QUANTIZE_MAXIMA) {
+      maximum = source[row];
+    } else {
+      if (params.mode == SM12X_QUANTIZE_TENSOR) {
+        maximum = 0.0f;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < params.count; i += Threads) {
+          maximum = fmaxf(maximum, source[i]);
         }
       }
-    }
-    float maximum = 0.0f;
-    if (params.mode == SM12X_QUANTIZE_ROWS) {
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        maximum = raised(maximum, held[i]);
-      }
-      for (int chunk = threadIdx.x + kHeld * Threads; chunk < chunks; chunk += Threads) {
-        float2 pairs[4];
-        from.load(chunk, pairs);
-        maximum = raised(maximum, pairs);
-      }
-      maximum = largest_of_cta<Threads>(maximum, shared.of_warps);
-    } else if (params.mode == SM12X_QUANTIZE_MAXIMA) {
-      maximum = reinterpret_cast<float const*>(params.source)[row];
-    } else if (params.mode == SM12X_QUANTIZE_TENSOR) {
-      for (int i = threadIdx.x; i < params.count; i += Threads) {
-        maximum = fmaxf(maximum, reinterpret_cast<float const*>(params.source)[i]);
-      }
       maximum = largest_of_cta<Threads>(maximum, shared.of_warps);
     }
-    bool const is_static = params.mode == SM12X_QUANTIZE_STATIC;
-    float const scale = !is_static           ? epilogue::scale_of_maximum(maximum)
-                        : params.source != 0 ? *reinterpret_cast<float const*>(params.source)
-                                             : params.static_scale;
-    bool const is_of_row =
-        params.mode == SM12X_QUANTIZE_ROWS || params.mode == SM12X_QUANTIZE_MAXIMA;
-    if (params.scale != 0 && threadIdx.x == 0 && (is_of_row || row == 0)) {
-      reinterpret_cast<float*>(params.scale)[is_of_row ? row : 0] = scale;
-    }
-    if (is_static) {  // any number
-      write(params, row, from, chunks, held, [&](float value) { return __fdiv_rn(value, scale); });
-    } else {
-      epilogue::Quotient const quotient(scale);
-      write(params, row, from, chunks, held, [&](float value) { return quotient.of(value); });
-    }
+    return epilogue::scale_of_maximum(maximum);
   }
 
-  __device__ static float raised(float maximum, float2 const (&pairs)[4]) {
+  __device__ static uint2 codes(float2 const (&pairs)[4], epilogue::Quotient const& quotient) {
+    uint32_t halves[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      maximum = fmaxf(maximum, fmaxf(fabsf(pairs[i].x), fabsf(pairs[i].y)));
+      halves[i] = epilogue::e4m3_pair(quotient.of(pairs[i].x), quotient.of(pairs[i].y));
     }
-    return maximum;
+    return {halves[0] | halves[1] << 16, halves[2] | halves[3] << 16};
   }
 
-  template <class From, class Divide>
-  __device__ static void write(sm12x_quantize_params const& params, int64_t row, From const& from,
-                               int chunks, float2 const (&held)[kHeld][4], Divide const& divide) {
-    auto* const to = reinterpret_cast<uint2*>(params.q + row * params.stride_q);
-    auto const codes = [&](float2 const(&pairs)[4]) {
-      uint32_t halves[4];
+  /// By any number. A division is many instructions, so that this is a loop: it leaves the pairs shifted.
+  __device__ static uint2 codes_of_divisions(float2 (&pairs)[4], float scale) {
+    uint2 codes = {};
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+      uint32_t const half =
+          epilogue::e4m3_pair(__fdiv_rn(pairs[0].x, scale), __fdiv_rn(pairs[0].y, scale));
+      codes = {__funnelshift_r(codes.x, codes.y, 16), __funnelshift_r(codes.y, half, 16)};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        halves[i] = epilogue::e4m3_pair(divide(pairs[i].x), divide(pairs[i].y));
-      }
-      return uint2{halves[0] | halves[1] << 16, halves[2] | halves[3] << 16};
-    };
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      int const chunk = threadIdx.x + i * Threads;
-      if (chunk < chunks) {
-        to[chunk] = codes(held[i]);
+      for (int pair = 0; pair < 3; ++pair) {
+        pairs[pair] = pairs[pair + 1];
       }
     }
-    for (int chunk = threadIdx.x + kHeld * Threads; chunk < chunks; chunk += Threads) {
-      float2 pairs[4];
-      from.load(chunk, pairs);
-      to[chunk] = codes(pairs);
-    }
+    return codes;
   }
 };
 
