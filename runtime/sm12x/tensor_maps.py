@@ -1,8 +1,8 @@
 """Tensor maps: what a variant fixes (box, swizzle, element type), and for whole arrays their shape.
 
 Kernels of the family fp8_ptr_array get prototypes, encoded once per device: they replace address, shape and
-strides group by group. Those of fp8_packed get maps of whole arrays, of which a call replaces the address; the kernels of an expert
-layer get maps of whole weights, which stay.
+strides group by group. Those of fp8_packed get maps of whole arrays, of which a call replaces the address;
+those of an expert layer get maps of the layer's weights, which stay.
 """
 
 from __future__ import annotations

@@ -1,10 +1,19 @@
-"""The expert layer's public functions on emulated kernels, from argument to result: against NumPy."""
+"""The expert layer's public functions on emulated kernels, from argument to result: against NumPy. Layers are
+several launches here; test_layer_whole.py has those that are one.
+"""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))
+
+from layer_forced import kernels
 
 import sm12x
 from sm12x import abi, emulator, manifest
@@ -31,6 +40,12 @@ def few_sms():
 
 def weights(rng, experts, n, k):
     return quantize_per_channel((rng.standard_normal((experts, n, k)) * k**-0.5).astype(np.float32))
+
+
+@pytest.fixture(autouse=True)
+def several_launches():
+    with kernels(whole=False):
+        yield
 
 
 class Layer:

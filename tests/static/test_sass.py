@@ -42,7 +42,9 @@ def test_main_loops_hold_the_right_mma_and_no_local_memory(
     manifest: dict[str, Any], kernels: dict[str, sass.Kernel]
 ) -> None:
     with_mma = [item for item in _cubins(manifest) if "mma" in item[1]]
-    assert {item[1]["role"] for item in with_mma} >= {"gemm", "up", "down"}, "GEMM kernels are missing"
+    assert {item[1]["role"] for item in with_mma} >= {"gemm", "up", "down", "layer"}, (
+        "GEMM kernels are missing"
+    )
     problems = []
     for _, variant, target, path in with_mma:
         found = sass.mma_problems(kernels[path], mma=variant["mma"], target=target)
@@ -52,18 +54,18 @@ def test_main_loops_hold_the_right_mma_and_no_local_memory(
 
 def test_own_kernels_use_no_local_memory(manifest: dict[str, Any], kernels: dict[str, sass.Kernel]) -> None:
     own = [item for item in _cubins(manifest) if not lint.runs_in_cutlass_shell(item[1])]
-    roles = {"gemm", "up", "down", "route", "quantize", "combine", "prepare_packed"}
+    roles = {"gemm", "up", "down", "layer", "route", "quantize", "combine", "prepare_packed"}
     assert {item[1]["role"] for item in own} >= roles, "kernels of our own are missing"
     used = {path: [str(i) for i in kernels[path].instructions if i.is_local] for _, _, _, path in own}
     assert {path: found for path, found in used.items() if found} == {}
 
 
-@pytest.mark.parametrize("family", ["fp8_packed", "fp8_ptr_array", "fp8_up", "fp8_down"])
+@pytest.mark.parametrize("family", ["fp8_packed", "fp8_ptr_array", "fp8_up", "fp8_down", "fp8_layer"])
 def test_stages_are_handed_back_once_their_fragments_are_there(
     manifest: dict[str, Any], kernels: dict[str, sass.Kernel], family: str
 ) -> None:
     """Or TMA writes the next stage over fragments that are still to be read, as seen on an H200."""
-    roles = "gemm", "up", "down"
+    roles = "gemm", "up", "down", "layer"
     gemms = [path for _, v, _, path in _cubins(manifest) if v["role"] in roles and v["family"] == family]
     assert gemms, "the manifest lists no GEMM kernel"
     problems = []

@@ -10,7 +10,18 @@ import pytest
 
 from sm12x import manifest
 from sm12x.select import RATES, describe, fits, select
-from sm12x.select.layer import FP8, LayerProblem, _select, quantising_us, select_layer, with_all_rows
+from sm12x.select.layer import (
+    FP8,
+    MOST_WHOLE_ROUTES,
+    MOST_WHOLE_ROWS,
+    MOST_WHOLE_WIDTH,
+    LayerProblem,
+    _select,
+    fits_whole,
+    quantising_us,
+    select_layer,
+    with_all_rows,
+)
 from sm12x.select.model import measure
 from sm12x.select.problem import expected_groups, strip_of, takes_runs, units_upper_bound
 from sm12x.select.ranking import can_count
@@ -325,3 +336,91 @@ def test_kernels_can_count_the_rows_that_may_come_not_only_those_expected(held):
     for gemm, made in zip(with_all_rows(most, choice), (choice.up, choice.down), strict=True):
         if made.least_units or takes_runs(made.variant):
             assert can_count(gemm, made.variant, made.least_units, 188)
+
+
+# All of a layer in one launch.
+
+
+@pytest.fixture
+def held_whole(whole_root):
+    return manifest.load(whole_root)
+
+
+def few(**more):
+    """A layer that one launch does."""
+    return layer(**{"rows": 64, "intermediate": 704, **more})
+
+
+def test_few_rows_are_one_launch_where_there_is_a_kernel_for_it(held, held_whole, rng):
+    for _ in range(40):
+        problem = replace(random_layer(rng), static=False, weighted=True)
+        choice, lists = select_layer(problem, held_whole, SMS[problem.arch])
+        without_it, shorter = select_layer(problem, held, SMS[problem.arch])
+        fewer = problem.rows <= MOST_WHOLE_ROUTES
+        wanted = fewer and problem.expected_rows <= MOST_WHOLE_ROWS * problem.experts
+        wanted = wanted and problem.experts <= 256 and problem.intermediate <= MOST_WHOLE_WIDTH
+        assert (choice.whole is not None) == wanted, problem
+        assert without_it.whole is None
+        assert len(lists) == len(shorter) + 1
+        assert (choice.up.variant.key, choice.down.variant.key) == (
+            without_it.up.variant.key,
+            without_it.down.variant.key,
+        )
+        if wanted:
+            assert choice.whole.gated == problem.gated
+            assert fits_whole(problem, choice.whole) is None
+            assert choice.whole.key in lists[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"static_input": True}, "takes no a1_scale"),
+        ({"static": True}, "takes no a2_scale"),
+        ({"weighted": False}, "takes no router weights on the input"),
+        ({"rows": 513}, "takes 512 routes at most, not 513"),
+        ({"experts": 257}, "takes 256 experts at most, not 257"),
+        ({"hidden": 16 * 1024 + 16}, "takes H of 16384 at most, not 16400"),
+        ({"gated": False}, "is for weights with gates"),
+        ({"dtype": "float32"}, "gives bfloat16 or float16, not float32"),
+        ({"arch": "sm_80"}, "has no cubin for sm_80"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_what_the_kernel_of_a_whole_layer_does_not_take(held_whole, changes, why):
+    kernel = next(v for v in held_whole.gemms(role="layer") if v.gated)
+    assert fits_whole(few(), kernel) is None
+    assert fits_whole(few(**changes), kernel) == why
+    if not changes.keys() & {"gated", "dtype", "arch"}:
+        choice, lists = select_layer(few(**changes), held_whole, 170)
+        assert choice.whole is None
+        assert lists[-1] == f"sm12x select: several launches: {kernel.key} {why}"
+
+
+@pytest.mark.parametrize("changes", [{"rows": 512}, {"experts": 256}, {"hidden": 16 * 1024}], ids=str)
+def test_the_most_that_the_kernel_of_a_whole_layer_takes(held_whole, changes):
+    kernel = next(v for v in held_whole.gemms(role="layer") if v.gated)
+    assert fits_whole(few(**changes), kernel) is None
+
+
+def test_one_launch_is_for_narrow_h_and_few_rows_of_an_expert(held_whole, monkeypatch):
+    """Rows of experts elsewhere are not expected here; bounds are exact, also where others are rounded."""
+    for changes, whole in (
+        ({"experts": 17, "rows": 34, "expected_rows": 34}, True),
+        ({"experts": 17, "rows": 35, "expected_rows": 35}, False),
+        ({"experts": 1, "rows": 2, "expected_rows": 2}, True),
+        ({"experts": 1, "rows": 3, "expected_rows": 3}, False),
+        ({"experts": 4, "rows": 64, "expected_rows": 8}, True),
+        ({"experts": 4, "rows": 64, "expected_rows": 9}, False),
+        ({"rows": 64}, True),
+        ({"rows": 65}, False),
+        ({"intermediate": 768}, True),
+        ({"intermediate": 784}, False),
+    ):
+        choice, lists = select_layer(few(**changes), held_whole, 170)
+        assert (choice.whole is not None) is whole, changes
+    assert "is not for I of more than 768, got 784" in lists[-1]
+    monkeypatch.setattr("sm12x.select.layer.MOST_WHOLE_ROUTES", 63)
+    choice, lists = select_layer(few(), held_whole, 170)
+    assert choice.whole is None
+    assert "is not for more than 63 routes, got 64" in lists[-1]

@@ -81,9 +81,9 @@ def fused_moe(
 
     out (T, H) of x's dtype, row stride a multiple of 16 bytes, memory of its own. None: a new array of x's
       framework. A token without a valid route gets zeros.
-    workspace: contiguous array of any dtype on the device, never shared between streams or threads. None:
-      memory of the library's own, one block for each stream; while a graph is captured, memory that it
-      allocates and frees.
+    workspace: contiguous array of any dtype on the device, never shared between streams or threads (of
+      calls that overlap on one, one may never end). None: memory of the library's own,
+      one block for each stream; while a graph is captured, memory that it allocates and frees.
     stream: integer handle, or an object with __cuda_stream__, cuda_stream, ptr or value. None: the current
       stream of the framework of `out`, or of `x` where there is none. Nothing waits for the GPU.
     dtype: "float8_e4m3fn", the type of uint8 weights.

@@ -90,8 +90,8 @@ class Chain:
     ) -> None:
         """`needed`: bytes of workspace; the others say where the addresses of a call belong."""
         self.steps, self.needed, self._device = steps, needed, device
-        self._places = [
-            (step.block.memory, at, which)
+        self._places = [  # assigning to an integer there takes two thirds of the time of struct's pack_into
+            (ctypes.c_uint64.from_buffer(step.block.memory, at), which)
             for which, places in enumerate((x, topk_weights, topk_ids, out))
             for step, at in places
         ]
@@ -109,8 +109,8 @@ class Chain:
         of `needed` bytes of workspace. The device's context is current. Raises CudaError."""
         if base != self._base:
             self._point_at_workspace(base)
-        for memory, at, which in self._places:
-            _pack_one(memory, at, addresses[which])
+        for place, which in self._places:
+            place.value = addresses[which]
         if stream != self._stream:
             for step in self.steps:
                 step.config.stream = stream

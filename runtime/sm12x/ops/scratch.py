@@ -4,7 +4,8 @@ stream.
 Layers on one stream follow each other, so they share a block: each call holds its lock while it launches, or
 the kernels of two threads would come in turns. It grows where a call needs more, to twice what it was at
 least, and is never given back, because work that is queued may still use it: together less than four times
-what the largest call needed.
+what the largest call needed. A stream is to be synchronised before it is destroyed: another one may get its
+handle, and with it the block that a call is still using.
 """
 
 from __future__ import annotations

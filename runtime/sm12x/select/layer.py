@@ -18,10 +18,15 @@ from .rates import RATES, dram
 FP8 = "float8_e4m3fn"
 # The factor by which quantising rows apart must be faster to be worth a launch more: host time, and a gap.
 APART_GAINS = 1.05
-# Up to so many routes of all tokens, and so many rows that an expert may expect, one launch for all of a
-# layer is taken to be faster than several. Both assumed, to be measured. The kernel takes no more routes.
-MOST_WHOLE_ROUTES = SM12X_LAYER_ROUTES
-MOST_WHOLE_ROWS = 16
+# Up to so many routes of all tokens, and rows that an expert may expect, and for h so narrow, one launch
+# for all of a layer is faster than several. As the kernel first ran on an H200, 2026-11-23: gemma-4-26B-A4B
+# (I 704) 26.3 us against 27.9 at 1 token, 100.1 against 118.2 at 8, but 230.3 against 178.2 at 32; Mixtral
+# (I 14336) 101.9 against 94.7 at 1 token and 313.3 against 307.3 at 8. Both have been changed since, to do
+# with GEMM2's rows, and not been measured. The kernel itself takes more routes and any width, but holds a
+# row's codes for all its pieces only up to 768 of them.
+MOST_WHOLE_ROUTES = 64
+MOST_WHOLE_ROWS = 2
+MOST_WHOLE_WIDTH = 768
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,9 @@ def select_layer(problem: LayerProblem, held: Manifest, sms: int) -> tuple[Layer
     Raises ValueError where no kernel fits, KeyError for an architecture without rates.
     """
     rounded = replace(problem, rows=_rounded(problem.rows), expected_rows=_rounded(problem.expected_rows))
-    return _select(rounded, held, sms)
+    choice, lists = found = _select(rounded, held, sms)
+    whole, reason = _whole(problem, held)
+    return (replace(choice, whole=whole), [*lists, f"sm12x select: {reason}"]) if reason else found
 
 
 def _rounded(rows: int) -> int:
@@ -145,10 +152,7 @@ def _select(problem: LayerProblem, held: Manifest, sms: int) -> tuple[LayerChoic
             f"x: no kernel of an expert layer for {problem.dtype} on {problem.arch}"
             f"{'' if problem.gated else ', without gates'}"
         )
-    whole, reason = _whole(problem, held)
-    if reason:
-        lists.append(f"sm12x select: {reason}")
-    return LayerChoice(ups[0], *_down(problem, plain, quantising, sms), whole), lists
+    return LayerChoice(ups[0], *_down(problem, plain, quantising, sms)), lists
 
 
 def fits_whole(problem: LayerProblem, variant: Variant) -> str | None:
@@ -179,13 +183,17 @@ def fits_whole(problem: LayerProblem, variant: Variant) -> str | None:
 def _whole(problem: LayerProblem, held: Manifest) -> tuple[Variant | None, str]:
     """The kernel that does all of the layer, and why it does or none does; no words where there is none."""
     reasons = []
+    rows = problem.expected_rows / problem.experts
     for variant in held.gemms(role="layer"):
+        if variant.gated != problem.gated:
+            continue
         why = fits_whole(problem, variant)
-        rows = problem.expected_rows / problem.experts
         if why is None and problem.rows > MOST_WHOLE_ROUTES:
             why = f"is not for more than {MOST_WHOLE_ROUTES} routes, got {problem.rows}"
         elif why is None and rows > MOST_WHOLE_ROWS:
             why = f"is not for more than {MOST_WHOLE_ROWS} rows of an expert, expected {rows:.1f}"
+        elif why is None and problem.intermediate > MOST_WHOLE_WIDTH:
+            why = f"is not for I of more than {MOST_WHOLE_WIDTH}, got {problem.intermediate}"
         if why is None:
             return variant, (
                 f"one launch for all of the layer, {variant.key}: {problem.rows} of at most "
