@@ -49,13 +49,14 @@ from layer_batch import (  # noqa: E402
     our_calls,
     plans,
 )
-from layer_forced import downs, kernels, ups  # noqa: E402
+from layer_forced import downs, kernels, ups, wholes  # noqa: E402
 from layer_steps import step_calls, step_names  # noqa: E402
 from peers import torch_graph  # noqa: E402
 from read_floor import ReadFloor  # noqa: E402
 from run_facts import ceilings, command, versions  # noqa: E402
 from torch_reference import DEVICE  # noqa: E402
 
+from sm12x.abi import SM12X_LAYER_ROUTES, SM12X_MOST_COUNTED_EXPERTS  # noqa: E402
 from sm12x.select.layer import LayerChoice  # noqa: E402
 from sm12x.validation import shapes  # noqa: E402
 from sm12x.validation.device import Gpu, device_attribute  # noqa: E402
@@ -130,20 +131,27 @@ class Bench:
     def ours(
         self, layer: MoeLayer, batches: list[LayerBatch], weights: Weights, right: torch.Tensor
     ) -> tuple[dict[str, Contender], LayerChoice, int]:
-        """The chosen kernels, and the forced ones; each checked once. Raises ArithmeticError where the chosen
-        ones are wrong; forced ones are left out and noted."""
+        """The chosen kernels, one launch or several where that is not chosen, and the forced ones; each
+        checked once. Raises ArithmeticError where the chosen ones are wrong; others are only noted."""
         arch = self.gpu.device.arch
-        cases: list[tuple[str, Forced | None, Forced | None]] = [(layer_gates.OURS, None, None)]
+        cases: list[tuple[str, Forced | None, Forced | None, bool | None]] = [
+            (layer_gates.OURS, None, None, None)
+        ]
+        routes = batches[0].x.shape[0] * layer.top_k
+        if wholes(arch) and routes <= SM12X_LAYER_ROUTES and layer.experts <= SM12X_MOST_COUNTED_EXPERTS:
+            cases += [("one launch", None, None, True), ("chain", None, None, False)]
         if self.variants:
-            cases += [(f"up {each.name}", each, None) for each in ups(arch, True)]
-            cases += [(f"down {each.name}", None, each) for each in downs(arch, False)]
+            cases += [(f"up {each.name}", each, None, None) for each in ups(arch, True)]
+            cases += [(f"down {each.name}", None, each, None) for each in downs(arch, False)]
         found: dict[str, Contender] = {}
         chosen: LayerChoice | None = None
         launches, limit = 0, 0.0
         stream = self.gpu.stream
-        for name, up, down in cases:
+        for name, up, down, whole in cases:
+            if whole is not None and chosen is not None and whole == (chosen.whole is not None):
+                continue  # the same as chosen
             try:
-                with kernels(up, down) as made:
+                with kernels(up, down, whole) as made:
                     layers = plans(weights)
                     size = max(each.workspace_size(batches[0].x.shape[0], layer.top_k) for each in layers)
                     spaces = [torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in batches]
@@ -171,7 +179,7 @@ class Bench:
             keys = step_names(layers[0], batches[0], spaces[0], stream)
             if chosen is None:
                 chosen, launches = made.choices[-1], len(keys)
-            if self.steps:
+            if self.steps and len(keys) > 1:
                 found.update(self.alone(name, keys, batches, layers, spaces, down is not None))
         assert chosen is not None
         return found, chosen, launches
@@ -187,7 +195,7 @@ class Bench:
     ) -> dict[str, Contender]:
         """Every launch of the chosen kernels by itself; of forced ones the GEMM that was forced, and what
         quantises its rows."""
-        if name == layer_gates.OURS:
+        if name in (layer_gates.OURS, "chain"):
             wanted = range(len(keys))
         else:
             wanted = range(2, len(keys) - 1) if is_down else range(1, 2)
@@ -234,7 +242,9 @@ def addresses(gemm: MoeGemm, batches: list[LayerBatch], sets: torch.Tensor) -> l
 
 
 def describe(choice: LayerChoice) -> str:
-    """Kernels of both GEMMs, and what quantises between them."""
+    """The kernel that does all, or those of both GEMMs and what quantises between them."""
+    if choice.whole is not None:
+        return choice.whole.key
 
     def name(each: Any) -> str:
         return str(each.variant.key) + (":split" if each.least_units else "")

@@ -33,7 +33,7 @@ HANG_SECONDS = float(os.environ.get("SM12X_GPU_HANG_SECONDS", "0"))
 
 
 # Files whose tests also run on the CPU.
-EMULATED = ("test_fused_moe.py", "test_moe_parts.py")
+EMULATED = ("test_fused_moe.py", "test_fused_moe_whole.py", "test_moe_parts.py")
 ON_EMULATOR = os.environ.get("SM12X_BACKEND") == "emulator"
 
 

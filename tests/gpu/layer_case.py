@@ -9,6 +9,7 @@ from forced import Forced
 from layer_forced import kernels
 from layer_problem import LayerProblem
 from layer_stages import LIMITS, check, read_stages
+from layer_whole import check_whole, whole_kernel
 
 _scratch: list[torch.Tensor] = []
 
@@ -24,15 +25,22 @@ def scratch(size: int) -> torch.Tensor:
     return _scratch[0][:size].random_()
 
 
-def run_layer(problem: LayerProblem, up: Forced | None = None, down: Forced | None = None) -> Found:
-    """What LIMITS limits, on the device, with these kernels forced. Where the spec wants no workspace there
-    is a second call without one, which has to give the same bits."""
+def run_layer(
+    problem: LayerProblem,
+    up: Forced | None = None,
+    down: Forced | None = None,
+    whole: bool | None = None,
+) -> Found:
+    """What LIMITS limits, on the device, of the launches behind each other with these kernels forced, and of
+    one launch for all of the layer where there is a kernel that takes it: with `whole`, and for None where no
+    kernel is forced. Where the spec wants no workspace there is a second call without one, which has to give
+    the same bits."""
     zero = torch.zeros((), dtype=torch.int64, device=problem.x.device)
     found: Found = dict.fromkeys(LIMITS, zero)
     workspace = scratch(problem.workspace_bytes())
     out = problem.guarded_out()
     target = torch.arange(problem.spec.tokens, device=problem.x.device)
-    with kernels(up, down) as made:
+    with kernels(up, down, False) as made:
         returned = problem.call(out.out, workspace)
         assert returned is out.out
         found["outside"] = out.damaged(target)
@@ -44,6 +52,10 @@ def run_layer(problem: LayerProblem, up: Forced | None = None, down: Forced | No
             assert again.shape == out.out.shape
             assert again.dtype == out.out.dtype
             found["again"] = (again.view(torch.int16) != out.out.view(torch.int16)).sum()
+    wanted = up is None and down is None if whole is None else whole
+    if wanted and whole_kernel(problem.spec) is not None:
+        more = check_whole(problem, workspace)
+        found["whole"], found["outside"] = more["whole"], found["outside"] + more["outside"]
     return found
 
 

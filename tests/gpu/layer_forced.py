@@ -14,23 +14,27 @@ from typing import Any
 
 from forced import Forced
 
-from sm12x.manifest import Manifest, default
-from sm12x.ops import moe_chain, moe_plan
-from sm12x.ops.moe_workspace import Layout
+from sm12x.manifest import Manifest, Variant, default
+from sm12x.ops import moe_chain, moe_plan, moe_whole
+from sm12x.ops.moe_workspace import Layout, WholeLayout
 from sm12x.select import Choice, Problem, fits, select
-from sm12x.select.layer import LayerChoice, LayerProblem
+from sm12x.select.layer import LayerChoice, LayerProblem, fits_whole
 from sm12x.select.layer import select_layer as choose_freely
 
 _fused_moe: Any = import_module("sm12x.ops.fused_moe")  # the package's attribute of that name is the function
-_lay_out_really = moe_chain.lay_out
+_lay_out_really, _lay_out_whole_really = moe_chain.lay_out, moe_whole.lay_out_whole
+# The chain that a launch for all of a layer gives the bits of: K whole, tiles of 8 tokens.
+UP_OF_WHOLE = {True: "fp8_up_gated_128x8x128_swap", False: "fp8_up_128x8x128_swap"}
+DOWN_OF_WHOLE = "fp8_down_128x8x128_swap"
 
 
 @dataclass
 class Made:
-    """The kernels and the workspace of every chain of launches that was prepared, in order."""
+    """The kernels and the workspace of everything that was prepared to be launched, in order: a WholeLayout
+    where the choice has `whole`."""
 
     choices: list[LayerChoice] = field(default_factory=list)
-    layouts: list[Layout] = field(default_factory=list)
+    layouts: list[Any] = field(default_factory=list)
 
 
 def _both_modes(arch: str, family: str, role: str) -> list[Forced]:
@@ -51,6 +55,17 @@ def downs(arch: str, static: bool) -> list[Forced]:
     return apart if static else apart + _both_modes(arch, "fp8_down", "down")
 
 
+def wholes(arch: str) -> dict[bool, Variant]:
+    """The kernels that do all of a layer, by whether they have gates; empty where there are none."""
+    return {v.gated: v for v in default().gemms(role="layer") if arch in v.targets}
+
+
+def chain_of_whole(gated: bool) -> tuple[Forced, Forced]:
+    """The kernels of both GEMMs whose results a launch for all of a layer has, bit for bit."""
+    known = default().variants
+    return Forced(known[UP_OF_WHOLE[gated]], False), Forced(known[DOWN_OF_WHOLE], False)
+
+
 def _choice(problem: Problem, each: Forced, sms: int) -> Choice:
     why = fits(problem, each.variant)
     if why is not None:
@@ -62,18 +77,37 @@ def _choice(problem: Problem, each: Forced, sms: int) -> Choice:
     return Choice(each.variant, int(each.split), 0.0, {}, "forced")
 
 
+def _whole(problem: LayerProblem, held: Manifest) -> Variant:
+    reasons = []
+    for variant in held.gemms(role="layer"):
+        why = fits_whole(problem, variant)
+        if why is None:
+            return variant
+        reasons.append(f"{variant.key} {why}")
+    raise ValueError(f"one launch for all of a layer cannot be forced: {'; '.join(reasons) or 'no kernel'}")
+
+
 @contextmanager
-def kernels(up: Forced | None = None, down: Forced | None = None) -> Iterator[Made]:
+def kernels(
+    up: Forced | None = None, down: Forced | None = None, whole: bool | None = None
+) -> Iterator[Made]:
     """Layers that are planned within the block run these kernels, or those of `select_layer` for None. One
     thread at a time. Plans of `FusedMoE` objects that were called before keep theirs.
 
-    Planning raises ValueError where the layer cannot have them.
+    `whole`: True for one launch that does all of the layer, False for several, which a kernel of either GEMM
+    means too, None for what `select_layer` says. Planning raises ValueError where the layer cannot have them.
     """
+    if whole and (up is not None or down is not None):
+        raise ValueError("whole: expected None or False where kernels of a GEMM are forced")
     made = Made()
 
     def choose(problem: LayerProblem, held: Manifest, sms: int) -> tuple[LayerChoice, list[str]]:
         choice, lists = choose_freely(problem, held, sms)
         rows = problem.expected_rows
+        if whole:
+            choice = replace(choice, whole=_whole(problem, held))
+        elif whole is False or up is not None or down is not None:
+            choice = replace(choice, whole=None)
         if up is not None:
             choice = replace(choice, up=_choice(problem.up(rows), up, sms))
         if down is not None:
@@ -87,9 +121,14 @@ def kernels(up: Forced | None = None, down: Forced | None = None) -> Iterator[Ma
         made.layouts.append(_lay_out_really(*arguments, **named))
         return made.layouts[-1]
 
-    before = moe_plan.select_layer, moe_chain.lay_out, _fused_moe._plans
-    moe_plan.select_layer, moe_chain.lay_out, _fused_moe._plans = choose, lay_out, {}  # type: ignore[assignment]
+    def lay_out_whole(*arguments: Any, **named: Any) -> WholeLayout:
+        made.layouts.append(_lay_out_whole_really(*arguments, **named))
+        return made.layouts[-1]
+
+    before = moe_plan.select_layer, moe_chain.lay_out, moe_whole.lay_out_whole, _fused_moe._plans
+    moe_plan.select_layer, moe_chain.lay_out = choose, lay_out  # type: ignore[assignment]
+    moe_whole.lay_out_whole, _fused_moe._plans = lay_out_whole, {}  # type: ignore[assignment]
     try:
         yield made
     finally:
-        moe_plan.select_layer, moe_chain.lay_out, _fused_moe._plans = before
+        moe_plan.select_layer, moe_chain.lay_out, moe_whole.lay_out_whole, _fused_moe._plans = before

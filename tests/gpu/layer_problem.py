@@ -80,7 +80,7 @@ class LayerProblem:
         parts = [
             *(tokens * spec.hidden, 4 * tokens, 4 * (spec.experts + 1), *(4 * rows,) * 5),
             *(4 * moe_workspace.route_ctas(rows) * spec.experts, 3 * rows * spec.intermediate),
-            *(2 * rows * spec.hidden, most_partials(_device())),
+            *(2 * rows * spec.hidden, most_partials(device_of_layers())),
         ]
         return sum(parts) + 16 * 256
 
@@ -94,7 +94,8 @@ class LayerProblem:
         return (self.x.float() * self.topk_weights.to(self.x.dtype).float()).to(self.x.dtype).float()
 
 
-def _device() -> driver.Device:
+def device_of_layers() -> driver.Device:
+    """Where layers run: the GPU, or the emulated one."""
     return emulated.device() if DEVICE == "cpu" else driver.get_device(torch.cuda.current_device())
 
 

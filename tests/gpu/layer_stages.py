@@ -35,6 +35,7 @@ LIMITS = {
     "layer": 1.0,  # relative Frobenius error of the worst token, over LAYER_LIMIT
     "outside": 0.0,  # elements around out that changed
     "again": 0.0,  # elements that another call of the same gave otherwise
+    "whole": 0.0,  # elements that one launch for all of the layer gives otherwise, as layer_whole.py says
 }
 
 

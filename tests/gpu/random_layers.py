@@ -4,7 +4,8 @@
     python tests/gpu/random_layers.py --repeat "NUMBER SEED"
 
 Stratified as layer_strata.py says; operands lie in NaN as layer_problem.py says. Two of three layers have a
-kernel of either GEMM forced, drawn from all there are, whole and split. Checked of each layer: routing bit
+kernel of either GEMM forced, drawn from all there are, whole and split; those that one launch can do are that
+too, twice, against the chain of launches whose bits it must have. Checked of each layer: routing bit
 for bit; scales and maxima bit for bit, codes within an e4m3 step of the exact quotient and equal to the
 nearest of the float32 one; both GEMMs against float64 on what the stage before gave; the sum bit for bit; the
 layer against the float64 composition at a relative Frobenius error per token of 2e-2; nothing around the
@@ -30,10 +31,11 @@ sys.path[:0] = [str(HERE.parents[1] / "runtime"), str(HERE)]
 
 from forced import Forced  # noqa: E402
 from layer_case import Layers, run_layer  # noqa: E402
-from layer_forced import downs, ups  # noqa: E402
+from layer_forced import downs, ups, wholes  # noqa: E402
 from layer_problem import make_layer  # noqa: E402
 from layer_stages import LAYER_LIMIT, LIMITS  # noqa: E402
 from layer_strata import FACTS, Spec, draw, facts  # noqa: E402
+from layer_whole import whole_kernel  # noqa: E402
 from torch_reference import DEVICE  # noqa: E402
 from variants import ARCH  # noqa: E402
 
@@ -56,7 +58,8 @@ def forced_of(spec: Spec) -> tuple[Forced | None, Forced | None]:
 def kernel_facts() -> dict[str, int]:
     """Every kernel that a run has to meet."""
     every = [each for gated in (True, False) for each in ups(ARCH, gated)] + downs(ARCH, False)
-    return {f"kernel {each.name}": 0 for each in every}
+    keys = [each.name for each in every] + [variant.key for variant in wholes(ARCH).values()]
+    return {f"kernel {key}": 0 for key in keys}
 
 
 def run(options: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def run(options: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
         up, down = forced_of(spec)
         label = f"{name} up={up and up.name} down={down and down.name} ({spec})"
         try:
-            outcomes.add(label, run_layer(make_layer(spec), up, down), spec.tokens)
+            outcomes.add(label, run_layer(make_layer(spec), up, down, True), spec.tokens)
         except Exception as error:
             outcomes.failed.append(f"{label}: {type(error).__name__}: {str(error)[:300]}")
             if len(outcomes.failed) > SHOWN or "CUDA" in str(error):
@@ -83,6 +86,8 @@ def run(options: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
         met.update(facts(spec))
         if spec.tokens:
             met.update(f"kernel {each.name}" for each in (up, down) if each is not None)
+            whole = whole_kernel(spec)
+            met.update([] if whole is None else [f"kernel {whole.key}"])
         kept.append(seed)
     try:
         outcomes.read()
@@ -124,7 +129,7 @@ def repeat(text: str) -> int:
     print(f"up={up and up.name} down={down and down.name} {spec}")
     problem = make_layer(spec)
     print(f"rows of experts {problem.rows.tolist()[:64]}, arguments {sorted(problem.arguments)}")
-    found = {name: float(value) for name, value in run_layer(problem, up, down).items()}
+    found = {name: float(value) for name, value in run_layer(problem, up, down, True).items()}
     for name, value in found.items():
         limit = LIMITS.get(name)
         print(f"{name:<12} {value:10.4g}" + (f"  (limit {limit:g})" if limit is not None else ""))

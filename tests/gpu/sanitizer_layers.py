@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from forced import Forced
-from layer_forced import downs, kernels, ups
+from layer_forced import downs, kernels, ups, wholes
 from numpy.typing import NDArray
 
 import sm12x
@@ -54,9 +54,10 @@ def layer_case(
     dtype: Any,
     tile: int,
     rng: np.random.Generator,
+    whole: bool | None = None,
 ) -> float:
     """One layer with every argument given: rows at the tile's edges, an expert without any, invalid
-    routes."""
+    routes. `whole`: as one launch, twice."""
     kind = np.dtype(dtype)
     name = KINDS[gated][int(rng.integers(len(KINDS[gated])))]
     how = activation(name, gated)
@@ -85,16 +86,27 @@ def layer_case(
     held = gpu.upload(w1, FP8), gpu.upload(w2, FP8)
     given = gpu.upload(x), gpu.upload(weights), gpu.upload(ids)
     out = gpu.empty(x.shape, "bfloat16" if kind == BF16 else kind.name)
-    with kernels(up, down) as made:
+    with kernels(up, down, whole) as made:
         layer = sm12x.FusedMoE(*held, activation=name, gated=gated, **options)
         workspace = gpu.empty((layer.workspace_size(tokens, 2, out.dtype),), "uint8")
-        layer(*given, out=out, workspace=workspace, stream=gpu.stream)
+        for _ in range(2 if whole else 1):
+            layer(*given, out=out, workspace=workspace, stream=gpu.stream)
     at, choice = made.layouts[-1], made.choices[-1]
     stages = Stages(gpu.download(workspace), at, count)
     result = gpu.download(out)
 
     routing = sm12x.route(ids, EXPERTS, topk_weights=weights)
     most = ids.size
+    first, second = w1.view(E4M3), w2.view(E4M3)
+    if whole:
+        row_of_route = routing.route_row.reshape(-1)
+        order = np.argsort(row_of_route, kind="stable")[most - count :]  # the route of each row
+        h, y = (stages.part(name, kind, most, n)[order] for name, n in (("h", INNER), ("y", HIDDEN)))
+        more = {"w1_scale": scales[0], "bias1": biases[0]}
+        ratio = moe_checks.check_gemm1_stage(h, *quantize_fp8_numpy(x), first, routing, how, **more)
+        more = {"w2_scale": scales[1], "bias2": biases[1].astype(BF16)}
+        other = moe_checks.check_gemm2_stage(y, *quantize_fp8_numpy(h), second, routing, **more)
+        return float("inf") if moe_checks.check_combine(result, y, routing) else max(ratio, other)
     found = Routing(
         stages.part("offsets", np.int32, EXPERTS + 1),
         stages.part("row_index", np.int32, most),
@@ -106,7 +118,6 @@ def layer_case(
     checked = moe_checks.check_quantised(x, q1, s1)
     wrong += checked.wrong_scales + checked.unequal_codes + checked.wrong_codes
     more = {"w1_scale": scales[0], "bias1": biases[0]}
-    first = w1.view(E4M3)
     if static:
         q2 = stages.part("h", E4M3, most, INNER)[:count]
         s2: Any = a2
@@ -123,11 +134,11 @@ def layer_case(
             checked = moe_checks.check_quantised(h, q2, s2)
             wrong += checked.wrong_scales + checked.unequal_codes
     y = stages.part("y", kind, most, HIDDEN)[:count]
-    second = moe_checks.check_gemm2_stage(
-        y, q2, s2, w2.view(E4M3), routing, w2_scale=scales[1], bias2=biases[1].astype(BF16)
+    other = moe_checks.check_gemm2_stage(
+        y, q2, s2, second, routing, w2_scale=scales[1], bias2=biases[1].astype(BF16)
     )
     wrong += moe_checks.check_combine(result, y, routing)
-    return float("inf") if wrong else max(ratio, second)
+    return float("inf") if wrong else max(ratio, other)
 
 
 def route_case(gpu: Gpu, routes: int, rng: np.random.Generator) -> float:
@@ -139,7 +150,7 @@ def route_case(gpu: Gpu, routes: int, rng: np.random.Generator) -> float:
     w1, w2 = random_e4m3_bits((40, 32, 16), rng), random_e4m3_bits((40, 16, 16), rng)
     out = gpu.empty(x.shape, "bfloat16")
     layer = sm12x.FusedMoE(gpu.upload(w1, FP8), gpu.upload(w2, FP8), w1_scale=0.01, w2_scale=0.01)
-    with kernels() as made:
+    with kernels(whole=False) as made:
         workspace = gpu.empty((layer.workspace_size(tokens, 3),), "uint8")
         layer(
             gpu.upload(x),
@@ -192,6 +203,11 @@ def layer_cases(gpu: Gpu, quick: bool, only: str | None, rng: np.random.Generato
         kind = (BF16, np.float16)[int(rng.integers(2))]
         words = f"{'gated ' * gated}{'static ' * static}{np.dtype(kind).name}"
         yield f"layer {each.argument} {words}", layer_case(gpu, up, down, gated, static, kind, each.tile, rng)
+    for gated, variant in wholes(arch).items():
+        for kind in (BF16, np.float16):
+            if only in (None, variant.key):
+                words = f"{variant.key} {np.dtype(kind).name}"
+                yield f"layer {words}", layer_case(gpu, None, None, gated, False, kind, 8, rng, whole=True)
     if only is None:
         for routes in (5, 8193):
             yield f"route of {routes}", route_case(gpu, routes, rng)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 
@@ -10,9 +12,10 @@ torch = pytest.importorskip("torch", reason="the GPU tests make their references
 
 from forced import Forced  # noqa: E402
 from layer_case import Layers, run_layer  # noqa: E402
-from layer_forced import downs, kernels, ups  # noqa: E402
-from layer_problem import make_layer  # noqa: E402
+from layer_forced import chain_of_whole, downs, kernels, ups, wholes  # noqa: E402
+from layer_problem import LayerProblem, make_layer  # noqa: E402
 from layer_strata import make_spec  # noqa: E402
+from layer_whole import nonzero_states  # noqa: E402
 from test_fp8_packed_repeats import OtherWork  # noqa: E402
 from torch_reference import DEVICE  # noqa: E402
 from variants import ARCH  # noqa: E402
@@ -24,6 +27,12 @@ REPEATS = 1000
 SHAPES = {
     "few": {"tokens": 5, "top_k": 3, "experts": 9, "hidden": 2816, "intermediate": 704},
     "many": {"tokens": 90, "top_k": 6, "experts": 70, "hidden": 272, "intermediate": 144},
+}
+# One launch: a token, a few to large experts, all that it takes to many small ones.
+WHOLE_SHAPES = {
+    "one": {"tokens": 1, "top_k": 8, "experts": 64, "hidden": 2816, "intermediate": 704},
+    "few": SHAPES["few"],
+    "most": {"tokens": 64, "top_k": 8, "experts": 100, "hidden": 272, "intermediate": 144},
 }
 DOWNS = downs(ARCH, False)
 # Every kernel of either GEMM at least once.
@@ -47,9 +56,32 @@ def test_bit_identical_from_run_to_run(shape: str, pair: tuple[Forced, Forced], 
     layers = Layers()
     layers.add(f"first run of {spec}", run_layer(problem, up, down))
     layers.check(seed)
+    differing = repeated(problem, seed, kernels(up, down))
+    assert differing == 0, f"{differing} of {REPEATS} repeats differ from the first ({spec})"
+
+
+@pytest.mark.parametrize("gated", list(wholes(ARCH)), ids=lambda gated: "gated" if gated else "plain")
+@pytest.mark.parametrize("shape", WHOLE_SHAPES)
+def test_one_launch_is_bit_identical_from_run_to_run(shape: str, gated: bool, seed: int) -> None:
+    """The same of a layer that is one launch, which also is what the chain gives: CTAs that finish in another
+    order, read what others have not written yet, or leave their state behind, would show."""
+    known = {"routing": "skewed", "bias1": "float32", "bias2": "bfloat16", **WHOLE_SHAPES[shape]}
+    spec = make_spec(seed=seed, gated=gated, **known)
+    problem = make_layer(spec)
+    layers = Layers()
+    layers.add(f"first run of {spec}", run_layer(problem, *chain_of_whole(gated), whole=True))
+    layers.check(seed)
+    differing = repeated(problem, seed, kernels(whole=True))
+    assert differing == 0, f"{differing} of {REPEATS} repeats differ from the first ({spec})"
+    assert int(nonzero_states()) == 0
+
+
+def repeated(problem: LayerProblem, seed: int, forced: AbstractContextManager[Any]) -> int:
+    """How many of REPEATS calls with kernels `forced` gave other bits than the first, half of them beside
+    other work."""
     workspace = torch.empty(problem.workspace_bytes(), dtype=torch.uint8, device=DEVICE)
     found = problem.guarded_out()
-    with kernels(up, down):
+    with forced:
         layer = sm12x.FusedMoE(problem.w1, problem.w2, **problem.arguments)
         given = problem.x, problem.topk_weights, problem.topk_ids
         layer(*given, out=found.out, workspace=workspace)
@@ -63,4 +95,4 @@ def test_bit_identical_from_run_to_run(shape: str, pair: tuple[Forced, Forced], 
             layer(*given, out=found.out, workspace=workspace)
             differing += (found.buffer != first).any()
         other.stream.synchronize()
-    assert differing.item() == 0, f"{differing.item()} of {REPEATS} repeats differ from the first ({spec})"
+    return int(differing)

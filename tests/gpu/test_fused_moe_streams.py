@@ -22,6 +22,7 @@ from variants import ARCH, name  # noqa: E402
 
 import sm12x  # noqa: E402
 from sm12x.ops import scratch  # noqa: E402
+from sm12x.select.layer import LayerChoice  # noqa: E402
 
 TURNS = 120  # of layers that share a workspace
 CALLS = 50  # of each thread
@@ -54,9 +55,11 @@ def test_graph_replays_with_changed_inputs(given: bool, each: Forced, seed: int)
         assert same(static.out, expected[case]), f"{up.name} {each.name}"
 
 
-def launches(case: Case, apart: bool) -> int:
+def launches(case: Case, choice: LayerChoice) -> int:
+    if choice.whole is not None:
+        return 1
     routes = case.problem.spec.tokens * case.problem.spec.top_k
-    return 4 + apart + (routes > ROUTES_PER_CTA)
+    return 4 + choice.quantises_apart + (routes > ROUTES_PER_CTA)
 
 
 @pytest.mark.parametrize("shape", ["one_token", "few", "many", "static", "two_route_launches"])
@@ -80,7 +83,7 @@ def test_a_warm_call_is_a_few_launches_and_nothing_else(given: bool, shape: str,
     with kernels() as made, torch.cuda.stream(stream):
         case(**extra)
         expected = case.out.clone()
-        apart = made.choices[-1].quantises_apart
+        choice = made.choices[-1]
         arguments = case.problem.x, case.problem.topk_weights, case.problem.topk_ids
         function = {**case.problem.arguments, **extra}
         sm12x.fused_moe(arguments[0], case.problem.w1, case.problem.w2, *arguments[1:], **function)
@@ -91,8 +94,8 @@ def test_a_warm_call_is_a_few_launches_and_nothing_else(given: bool, shape: str,
         assert not counts, f"a warm call of a layer did {dict(counts)}"
         graph = Graph(lambda: case(**extra), stream)
     memory = {} if given else {"MEM_ALLOC": 1, "MEM_FREE": 1}
-    assert graph.kinds() == {"KERNEL": launches(case, apart), **memory}
-    assert launches(case, apart) <= 4 or apart or shape == "two_route_launches"
+    assert graph.kinds() == {"KERNEL": launches(case, choice), **memory}
+    assert launches(case, choice) <= 4 or choice.quantises_apart or shape == "two_route_launches"
     case.out.fill_(torch.nan)
     torch.cuda.synchronize()
     graph.replay()
