@@ -70,11 +70,20 @@ class Layer:
         return sm12x.fused_moe(*arrays, **self.options, backend=backend, **more)
 
     def check(self, out):
-        """Same bits as the NumPy backend but for few (its sums have another order), and near float64."""
+        """Same bits as the NumPy backend but for few (its sums have another order), and near float64.
+
+        A last bit of h may be an e4m3 step behind its quantisation, which all features of a token then show
+        (one float16 layer in some hundred): one token may be like that, and as near as a step brings it.
+        """
         ref = fused_moe_float64(self.x, self.w1, self.w2, self.topk_weights, self.ids, **self.options)
         error = np.linalg.norm(out.astype(np.float64) - ref, axis=1)
         assert (error <= 2e-2 * np.linalg.norm(ref, axis=1)).all()
-        assert (out.view(np.uint16) == self.run("auto").view(np.uint16)).mean() > 0.98
+        numpy = self.run("auto")
+        same = (out.view(np.uint16) == numpy.view(np.uint16)).mean(axis=1) > 0.9
+        assert np.count_nonzero(~same) <= 1
+        apart = np.linalg.norm(out.astype(np.float64) - numpy.astype(np.float64), axis=1)
+        assert (apart <= 5e-3 * np.linalg.norm(ref, axis=1)).all()
+        assert (out[same].view(np.uint16) == numpy[same].view(np.uint16)).mean() > 0.98
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu2"])
