@@ -37,7 +37,7 @@ def quantize_fp8(
       scale given: static, one positive value, a float or a one-element float32 array; per_token is then not
         looked at.
     A NaN does not enter amax, which is that of the other values (0 where there are none). An infinity does:
-    the scale is then infinite, q is 0 for finite values and NaN for infinite ones.
+    the scale is then infinite, q is 0 for finite values and NaN for infinite ones. On the GPU -0 gives 0.
 
       x (T, K) bfloat16, float16 or float32; K a positive multiple of 16 and contiguous, row stride a multiple
         of 16 bytes.
