@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import lzma
-import random
 import re
 import subprocess
 import sys
@@ -29,13 +28,6 @@ from sm12x.errors import CubinError, CudaError
 from sm12x.ops import emulated, launch
 
 FP8 = ml_dtypes.float8_e4m3fn
-
-
-@pytest.fixture
-def rng():
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
 
 
 @pytest.fixture

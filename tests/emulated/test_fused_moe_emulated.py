@@ -24,13 +24,6 @@ from sm12x.select.layer import select_layer
 BF16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 
 
-@pytest.fixture
-def rng():
-    seed = int(np.random.default_rng().integers(1 << 31))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 @pytest.fixture(autouse=True)
 def few_sms():
     """A CTA for each of fewer SMs: the same work in less time, and more of it for each."""

@@ -28,13 +28,6 @@ TYPES = {BF16: abi.SM12X_OUT_BFLOAT16, FP16: abi.SM12X_OUT_FLOAT16, E4M3: abi.SM
 _SWIZZLE = {64: 2, 128: 3}
 
 
-@pytest.fixture
-def rng():
-    seed = int(np.random.default_rng().integers(1 << 31))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def fp8(rng, shape):
     return (rng.standard_normal(shape) * 2).astype(E4M3)
 

@@ -31,13 +31,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def rng():
-    seed = int(np.random.default_rng().integers(1 << 31))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 @pytest.fixture(autouse=True)
 def few_sms():
     """A CTA for each of fewer SMs: the same work in less time, and more of it for each."""

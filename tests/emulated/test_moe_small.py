@@ -20,13 +20,6 @@ TYPES = {
 UNWRITTEN = 0xA5
 
 
-@pytest.fixture
-def rng():
-    seed = int(np.random.default_rng().integers(1 << 31))
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def scale_of(maximum):
     return np.maximum(np.float32(maximum), np.float32(1 / 512)) / np.float32(448)
 

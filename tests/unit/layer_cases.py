@@ -52,6 +52,19 @@ def run_function(given, call):
     )
 
 
+# Every activation, and what may be given with it.
+ACTIVATIONS = (
+    {},
+    {"activation": "gelu"},
+    {"activation": "gelu_tanh"},
+    {"activation": "relu2"},
+    {"activation": "silu", "limit": 3.5},
+    {"activation": "swigluoai"},
+    {"activation": "swigluoai", "alpha": 1.25, "beta": 0.5, "limit": 2.5},
+    {"activation": "swigluoai_uninterleave", "alpha": 2.0},
+)
+
+
 def force(monkeypatch, *, up=None, down=None, up_units=0, down_units=0):
     """Have layers run these variants, by key; `down` of the family fp8_packed quantises apart."""
 

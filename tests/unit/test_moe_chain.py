@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sm12x import abi, manifest
 from unit.fake_driver import CONTEXT, install
-from unit.layer_cases import INNER, STREAM, TOP, E, H, T, force, keys, make, tokens, weights
+from unit.layer_cases import ACTIVATIONS, INNER, STREAM, TOP, E, H, T, force, keys, make, tokens, weights
 from unit.layer_params import (
     check_call,
     check_workspace,
@@ -93,19 +93,7 @@ def test_without_gates(fake):
         assert text_of(each) == f"0 3 {[H, INNER, E]} {[H, INNER * H]} [128, {features}, 1] 3 2"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"activation": "gelu"},
-        {"activation": "gelu_tanh"},
-        {"activation": "silu", "limit": 3.5},
-        {"activation": "swigluoai"},
-        {"activation": "swigluoai", "alpha": 1.25, "beta": 0.5, "limit": 2.5},
-        {"activation": "swigluoai_uninterleave", "alpha": 2.0},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_activation(fake, options, dtype):
     check_call(fake, weights(fake, **options), tokens(fake, dtype=dtype))

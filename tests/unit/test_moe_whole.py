@@ -13,6 +13,7 @@ import pytest
 from sm12x import abi, counters, driver, manifest
 from unit.fake_driver import CONTEXT, FakeGpu, install
 from unit.layer_cases import (
+    ACTIVATIONS,
     INNER,
     STREAM,
     TOP,
@@ -160,20 +161,7 @@ def test_the_tensor_maps_of_weights_with_gaps(fake):
         assert text_of(each).startswith(f"0 3 {[INNER, H, E]} {[INNER + 32, 9_600]} ")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"activation": "gelu"},
-        {"activation": "gelu_tanh"},
-        {"activation": "relu2"},
-        {"activation": "silu", "limit": 3.5},
-        {"activation": "swigluoai"},
-        {"activation": "swigluoai", "alpha": 1.25, "beta": 0.5, "limit": 2.5},
-        {"activation": "swigluoai_uninterleave", "alpha": 2.0},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_activation(fake, options, dtype):
     check(fake, weights(fake, **options), tokens(fake, dtype=dtype))
