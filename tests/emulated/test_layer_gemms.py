@@ -279,6 +279,9 @@ DOWN_PROBLEMS = {
     "parts": Down((3,), 128, 2064, 9, 1),
     "tail": Down((3, 0, 17), 136, 704, 7, 1),
     "one row each": Down((1,) * 8, 504, 192, 5),
+    # Pieces of the same rows behind each other, tiles of other rows between them: codes that are held.
+    "held": Down((13, 0, 30, 5), 400, 768, 2),
+    "held tail": Down((12, 9), 528, 704, 1, a=FP16, out=FP16),
 }
 
 

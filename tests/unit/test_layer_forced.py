@@ -67,7 +67,7 @@ def test_a_k_of_one_tile_runs_split_too():
 @pytest.mark.parametrize("gated", [True, False])
 def test_one_launch_for_all_of_a_layer_can_be_forced_and_forbidden(whole_root, gated):
     held = manifest.load(whole_root)
-    few = problem(gated=gated, experts=32, intermediate=768, rows=64, expected_rows=64)
+    few = problem(gated=gated, experts=32, intermediate=768, rows=8, expected_rows=8)
     many = problem(gated=gated, experts=2, intermediate=768, rows=500, expected_rows=500)
     kernel = next(v for v in held.gemms(role="layer") if v.gated == gated)
     assert (chosen(few, held).whole, chosen(many, held).whole) == (kernel, None)

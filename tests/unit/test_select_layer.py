@@ -154,8 +154,22 @@ def test_few_rows_are_quantised_on_their_way_in_and_many_apart(held, arch):
     apart = [chosen(layer(rows, arch), held).quantises_apart for rows in (1, 8, 64, 512, 2**15, 2**17)]
     assert apart[:3] == [False] * 3
     assert apart == sorted(apart)
-    # On GB10 the model never finds it worth DRAM's time to write and read all rows once more.
-    assert apart[-2:] == [arch != "sm_121a"] * 2
+    assert apart[-2:] == [True] * 2
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_held_codes_are_made_once_for_an_expert(held, arch, monkeypatch):
+    """Where K is narrow; others are made anew for each tile of features."""
+
+    def gather(intermediate):
+        problem = layer(1024, arch, hidden=8192, intermediate=intermediate).down(1024, quantises=True)
+        variants = [v for v in held.gemms("fp8_down", "down") if v.token_tile == 8]
+        return min(c.terms["gather"] for c in select(problem, variants, SMS[arch]) if not c.least_units)
+
+    monkeypatch.setattr("sm12x.select.model.HELD_ROWS", 8)
+    assert gather(784) > 4 * gather(768)
+    monkeypatch.setattr("sm12x.select.model.HELD_ROWS", 16)
+    assert gather(784) < 1.1 * gather(768)
 
 
 def test_static_scales_are_never_quantised_between(held, rng):
@@ -348,7 +362,7 @@ def held_whole(whole_root):
 
 def few(**more):
     """A layer that one launch does."""
-    return layer(**{"rows": 64, "intermediate": 704, **more})
+    return layer(**{"rows": 8, "intermediate": 704, **more})
 
 
 def test_few_rows_are_one_launch_where_there_is_a_kernel_for_it(held, held_whole, rng):
@@ -406,21 +420,21 @@ def test_the_most_that_the_kernel_of_a_whole_layer_takes(held_whole, changes):
 def test_one_launch_is_for_narrow_h_and_few_rows_of_an_expert(held_whole, monkeypatch):
     """Rows of experts elsewhere are not expected here; bounds are exact, also where others are rounded."""
     for changes, whole in (
-        ({"experts": 17, "rows": 34, "expected_rows": 34}, True),
-        ({"experts": 17, "rows": 35, "expected_rows": 35}, False),
+        ({"experts": 3, "rows": 6, "expected_rows": 6}, True),
+        ({"experts": 3, "rows": 7, "expected_rows": 7}, False),
         ({"experts": 1, "rows": 2, "expected_rows": 2}, True),
         ({"experts": 1, "rows": 3, "expected_rows": 3}, False),
-        ({"experts": 4, "rows": 64, "expected_rows": 8}, True),
-        ({"experts": 4, "rows": 64, "expected_rows": 9}, False),
-        ({"rows": 64}, True),
-        ({"rows": 65}, False),
+        ({"experts": 3, "rows": 8, "expected_rows": 6}, True),
+        ({"experts": 3, "rows": 8, "expected_rows": 7}, False),
+        ({"rows": 8}, True),
+        ({"rows": 9}, False),
         ({"intermediate": 768}, True),
         ({"intermediate": 784}, False),
     ):
         choice, lists = select_layer(few(**changes), held_whole, 170)
         assert (choice.whole is not None) is whole, changes
     assert "is not for I of more than 768, got 784" in lists[-1]
-    monkeypatch.setattr("sm12x.select.layer.MOST_WHOLE_ROUTES", 63)
+    monkeypatch.setattr("sm12x.select.layer.MOST_WHOLE_ROUTES", 7)
     choice, lists = select_layer(few(), held_whole, 170)
     assert choice.whole is None
-    assert "is not for more than 63 routes, got 64" in lists[-1]
+    assert "is not for more than 7 routes, got 8" in lists[-1]

@@ -164,7 +164,8 @@ typedef struct sm12x_route_params {
   int32_t reserved;
 } sm12x_route_params;
 
-/* out[t] = sum over j in order of rows[route_row[t, j]], those that there are, in FP32, rounded once. */
+/* out[t] = sum over j in order of rows[route_row[t, j]], those that there are, in FP32, rounded once. route_row must
+ * be there before the grid in front lets dependents begin: it is read before that one has ended. */
 typedef struct sm12x_combine_params {
   uint64_t rows;      /* (rows, n) of type */
   uint64_t out;       /* (tokens, n) of type */

@@ -19,12 +19,12 @@ FP8 = "float8_e4m3fn"
 # The factor by which quantising rows apart must be faster to be worth a launch more: host time, and a gap.
 APART_GAINS = 1.05
 # Up to so many routes of all tokens, and rows that an expert may expect, and for h so narrow, one launch
-# for all of a layer is faster than several. As the kernel first ran on an H200, 2026-11-23: gemma-4-26B-A4B
-# (I 704) 26.3 us against 27.9 at 1 token, 100.1 against 118.2 at 8, but 230.3 against 178.2 at 32; Mixtral
-# (I 14336) 101.9 against 94.7 at 1 token and 313.3 against 307.3 at 8. Both have been changed since, to do
-# with GEMM2's rows, and not been measured. The kernel itself takes more routes and any width, but holds a
-# row's codes for all its pieces only up to 768 of them.
-MOST_WHOLE_ROUTES = 64
+# for all of a layer is not slower than several, and saves the host three. On an H200, 2026-11-23, microseconds
+# with one launch and with four: gemma-4-26B-A4B (I 704) 25.8 and 25.7 at 1 token of 8 routes, 38.1 and 36.1 at
+# 2, 88.3 and 85.2 at 8; Qwen3-30B-A3B (I 768) 22.7 and 22.4, 32.0 and 31.0, 74.2 and 70.6; Mixtral (I 14336), with
+# kernels older by a day, 101.9 and 94.7 at 1 token. The kernel itself takes more routes and any width, but
+# holds a row's codes for all its pieces only up to 768 of them.
+MOST_WHOLE_ROUTES = 8
 MOST_WHOLE_ROWS = 2
 MOST_WHOLE_WIDTH = 768
 

@@ -9,7 +9,8 @@
     smem     bytes into shared memory, weights once for every tile of tokens: at L2's rate for all SMs
              together, or at one SM's ceiling for the busiest
     gather   the busiest CTA's token rows, copied 16 bytes at a time by one warp, and what handing each k-tile
-             over takes it, or quantised on the way by two warps; 0 where TMA brings them
+             over takes it, or quantised on the way by two warps: anew for each piece, or once for each expert
+             where they hold the codes; 0 where TMA brings them
     mma      multiply-adds of the busiest CTA: padded tiles, useful k-blocks, what a k-tile costs besides
     tiles    the end of each tile of the busiest CTA: draining, epilogue
     split    split-K: parts handed in and added up
@@ -35,6 +36,8 @@ from .problem import Groups, Problem, strip_of, takes_runs, units_upper_bound
 from .rates import FAMILIES, RATES, dram
 
 MMA_M, MMA_K = 16, 32  # of one MMA instruction
+# What quantising warps hold the codes of: a tile of so many rows, with so large a K (quantised_rows.hpp).
+HELD_ROWS, HELD_K = 16, 768
 OUT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
@@ -293,7 +296,10 @@ def _choice(
     if problem.gathers:
         gather = busiest.tokens / 16.0 * rates.gathered + busiest.k_tiles * rates.handed
     if family.quantises:
-        gather = busiest.tokens / 16.0 * rates.quantised
+        values = busiest.tokens
+        if variant.token_tile == HELD_ROWS and problem.k <= HELD_K and not least_units:
+            values = min(values, busiest.experts * variant.token_tile * problem.k)
+        gather = values / 16.0 * rates.quantised
     thousand_clocks = rates.clock * 1e3
     terms = {
         "launch": rates.launch

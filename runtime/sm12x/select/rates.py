@@ -138,7 +138,7 @@ RATES = {
         value=0.49,  # sought
         # Both from tiles of 64 features and of 8, 16 and 64 tokens, which gathering bounds: measured by hand.
         gathered=2.0,
-        quantised=4.0,  # assumed: the instructions of one warp, a clock each, over two warps
+        quantised=10.0,  # 2026-11-23_layer_h200_chain.json: Mixtral at T = 32, 150 us with tiles of 16 tokens
         handed=450.0,
         launch=2.5,  # measured: the read floor of no bytes at all, 2.3 to 2.7
         next_launch=2.5,  # assumed: as the first
@@ -157,7 +157,7 @@ RATES = {
         k_tile=57.0,
         value=0.3,
         gathered=2.0,
-        quantised=4.0,
+        quantised=10.0,
         handed=450.0,
         launch=2.5,
         next_launch=2.5,

@@ -168,7 +168,7 @@ class LayerGemm {
     Front& front = shared.front;
     uint32_t* const state = state_of(params);
     uint32_t share = claim(state + kShares);
-    front.routes.count(params.up, params.down.num_groups,
+    front.routes.count(params.up, params.down.num_groups, RouteCounter::request(params.up, 0),
                        [&](int route, int expert) { front.expert[route] = int16_t(expert); });
     share = from_first_lane(share);
     Queue queue(front.queue);
@@ -525,13 +525,15 @@ class LayerGemm {
     int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     int const mma_warp = warp - Up::kProducerWarps;
     Ring ring(shared.front.ring);
-    if (threadIdx.x == 0) {
+    if (warp == Up::kTokensWarp && cute::elect_one_sync()) {
+#pragma unroll
       for (int map = 0; map < kWeightMaps; ++map) {
         arch::prefetch_tensor_map(&params.up.gemm.map_b[map]);
         arch::prefetch_tensor_map(&params.down.map_b[map]);
       }
-      for (auto& turn : shared.front.turn) {
-        turn.init(kGroupWarps);
+#pragma unroll
+      for (int group = 0; group < MmaGroups; ++group) {
+        shared.front.turn[group].init(kGroupWarps);
       }
       ring.init(1 + Up::kTokensWarps, kGroupWarps);
       Queue(shared.front.queue).init(Up::kTokensWarps + Up::kMmaWarps);

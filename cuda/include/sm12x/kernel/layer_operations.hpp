@@ -16,10 +16,11 @@ namespace sm12x::kernel {
 struct LayerOperation {
   static constexpr int kStrip = 16;
   static constexpr bool kQuantisesRows = true;
-  static constexpr int mma_registers(bool) { return 184; }
+  static constexpr int mma_registers(bool, int) { return 184; }
   static constexpr bool kLoadsWeightsEarly = false;
   static constexpr Bounds kBounds = Bounds::kCounted;
   struct Shared {};
+  struct Asked {};
 };
 
 /// GEMM1 with its activation. Gated: w1 has gates and ups.

@@ -13,8 +13,8 @@
 ///             one group's epilogue hides behind the other's main loop
 /// Registers: a multiprocessor has 65,536, and warps lie on four quarters of it.
 ///   one atom a warp  10 warps, at most three in a quarter         168 each at most
-///   more             12 warps: 4 producers (2 idle) and 8 MMA      120 and 192 each (setmaxnreg); with
-///                                               an activation 136 and 184, or 104 and 200
+///   more             12 warps: 4 producers (2 idle) and 8 MMA      120 and 192 each (setmaxnreg), or as
+///                                               an operation says: an activation takes some
 ///
 /// A stage is complete when its bytes have landed and both producers have arrived; it is empty when
 /// every MMA warp of the group that reads it has released it.
@@ -108,7 +108,7 @@ class PackedGemm {
   static constexpr int kTokensWarps =
       kQuantisesRows && kMovesRegisters && kTokens * kTileK >= 1024 ? 2 : 1;
   static constexpr int kThreads = 32 * (kProducerWarps + kMmaWarps);
-  static constexpr int kMmaRegisters = Operation::mma_registers(Config::kSwapAb);
+  static constexpr int kMmaRegisters = Operation::mma_registers(Config::kSwapAb, kTokens);
   static constexpr int kProducerRegisters = 3 * 168 - 2 * kMmaRegisters;
   static_assert(kMmaRegisters % 8 == 0 && kProducerRegisters % 8 == 0, "what setmaxnreg takes");
 
@@ -218,16 +218,14 @@ class PackedGemm {
     ring.advance(state, k_end - k_begin);
   }
 
-  // Finds the CTA's work, loads the weights and hands every piece on: the first one once its first load is
+  // Goes through the CTA's work, loads the weights and hands every piece on: the first one once its first load is
   // on the way, because the MMA warps cannot use it before that has arrived; all others while the loads of the
   // one in front are, because with a row index the tokens warp has to look up its rows.
-  __device__ static void find_work(Params const& params, Extra const& extra, SharedMemory& shared,
-                                   Ring& ring, Schedule& schedule, uint32_t stages_of_boxes) {
+  __device__ static void load_all_weights(Params const& params, SharedMemory& shared, Ring& ring,
+                                          Schedule& schedule, uint32_t stages_of_boxes) {
     Queue queue(shared.front.queue);
     typename Queue::State at = Queue::Ring::producer_start();
     State state = Ring::producer_start();
-    void const* const bounds = Operation::bounds(params, extra, shared.front.of_operation);
-    schedule.start(bounds, params.bounds_are_64_bit && bounds != &shared.front.of_operation);
     PackedWork work;
     schedule.next(work);
     bool is_first = true;
@@ -412,21 +410,21 @@ class PackedGemm {
     int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     int const mma_warp = warp - kProducerWarps;
     bool const gathers = !kQuantisesRows && params.row_index != 0;
+    constexpr bool kFindsEarly = Operation::kLoadsWeightsEarly;
+    typename Operation::Asked asked;
+    if (kFindsEarly && warp == kWeightsWarp) {
+      asked = Operation::ask(extra);
+    }
     Ring ring(shared.front.ring);
-    if (threadIdx.x == 0) {
-      for (int map = 0; map < kWeightMaps; ++map) {
-        arch::prefetch_tensor_map(&params.map_b[map]);
-      }
-      if (!gathers && !kQuantisesRows) {
-        arch::prefetch_tensor_map(&params.map_a);
-      }
-      for (int group = 0; Config::kMmaGroups > 1 && group < Config::kMmaGroups; ++group) {
-        shared.front.turn[group].init(kGroupWarps);
-      }
-      ring.init(1 + (gathers ? 32 : kTokensWarps), kGroupWarps);
-      Queue(shared.front.queue).init(kTokensWarps + kMmaWarps);
+    if (warp == kTokensWarp) {
+      make_barriers(params, shared, ring, gathers);
     }
     Schedule schedule(params);
+    if (kFindsEarly && warp == kWeightsWarp) {
+      // Bounds are on their way while another warp makes the barriers. Where they may come from the grid in front,
+      // that one's end hides the barriers anyhow.
+      start(params, extra, shared, schedule, asked);
+    }
     // Lane l knows how many stages of l + 1 boxes fit: no division once the work is known.
     uint32_t stages_of_boxes = min((arch::dynamic_shared_bytes() - kFrontBytes) /
                                        ((threadIdx.x % 32 + 1) * kBoxBytes + kTokenBytes),
@@ -448,6 +446,34 @@ class PackedGemm {
   }
 
  private:
+  // The weights warp finds out what the CTA's work is.
+  __device__ static void start(Params const& params, Extra const& extra, SharedMemory& shared,
+                               Schedule& schedule, typename Operation::Asked const& asked) {
+    void const* const bounds = Operation::bounds(params, extra, shared.front.of_operation, asked);
+    schedule.start(bounds, params.bounds_are_64_bit && bounds != &shared.front.of_operation);
+  }
+
+  // One warp, of which one thread does it: uniform instructions make mbarriers and fetch maps, and a warp's lanes would
+  // take turns at them, for two microseconds (measured on an H200).
+  __device__ static void make_barriers(Params const& params, SharedMemory& shared, Ring& ring,
+                                       bool gathers) {
+    if (cute::elect_one_sync()) {
+#pragma unroll
+      for (int map = 0; map < kWeightMaps; ++map) {
+        arch::prefetch_tensor_map(&params.map_b[map]);
+      }
+      if (!gathers && !kQuantisesRows) {
+        arch::prefetch_tensor_map(&params.map_a);
+      }
+#pragma unroll
+      for (int group = 0; Config::kMmaGroups > 1 && group < Config::kMmaGroups; ++group) {
+        shared.front.turn[group].init(kGroupWarps);
+      }
+      ring.init(1 + (gathers ? 32 : kTokensWarps), kGroupWarps);
+      Queue(shared.front.queue).init(kTokensWarps + kMmaWarps);
+    }
+  }
+
   // Which roles a copy of the loop over the CTA's work serves: all, or those of one warp group, whose
   // registers then are its own.
   static constexpr int kAllRoles = 0;
@@ -467,9 +493,14 @@ class PackedGemm {
       arch::launch_dependent_grids();
     }
     if (Roles != kMma && warp == kWeightsWarp) {
-      find_work(params, extra, shared, ring, schedule, stages_of_boxes);
+      if constexpr (!Operation::kLoadsWeightsEarly) {
+        start(params, extra, shared, schedule, Operation::ask(extra));
+      }
+      load_all_weights(params, shared, ring, schedule, stages_of_boxes);
       return;
     }
+    using Rows = QuantisedRows<Tile, kTokens, kTileK, kTokensWarps>;
+    typename Operation::template HeldRows<Rows> held;
     Queue queue(shared.front.queue);
     typename Queue::State at;
     State state = Roles != kMma && mma_warp < 0 ? Ring::producer_start() : State{};
@@ -481,9 +512,8 @@ class PackedGemm {
       Stages const stages = set_stages(shared, ring, work, stages_of_boxes);
       if (Roles != kMma && mma_warp < 0) {
         if constexpr (kQuantisesRows) {
-          Operation::load_rows(
-              QuantisedRows<Tile, kTokens, kTileK, kTokensWarps>(warp - kTokensWarp), extra, ring,
-              work, state, [&](State const& at) { return stages.tokens(at); });
+          Operation::load_rows(Rows(warp - kTokensWarp), extra, ring, work, state, held,
+                               [&](State const& at) { return stages.tokens(at); });
         } else if (params.row_index != 0) {
           gather_tokens(params, ring, stages, work, state);
         } else {

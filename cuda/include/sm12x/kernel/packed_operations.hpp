@@ -28,13 +28,18 @@ struct Product {
   static constexpr int kStrip = 8;  // features that stay together
   static constexpr bool kQuantisesRows = false;
   // Of MMA warps, where registers move to them from the producers.
-  static constexpr int mma_registers(bool) { return 192; }
+  static constexpr int mma_registers(bool, int) { return 192; }
   static constexpr bool kLoadsWeightsEarly = false;
   static constexpr Bounds kBounds = Bounds::kGiven;
   struct Shared {};
+  template <class>
+  struct HeldRows {};
 
-  // Where the bounds are. By the warp that finds the work, whole.
-  __device__ static void const* bounds(sm12x_packed_params const& params, Extra const&, Shared&) {
+  // What the warp that finds the work asks for first of all, and then where the bounds are. A whole warp.
+  struct Asked {};
+  __device__ static Asked ask(Extra const&) { return {}; }
+  __device__ static void const* bounds(sm12x_packed_params const& params, Extra const&, Shared&,
+                                       Asked const&) {
     return reinterpret_cast<void const*>(params.bounds);
   }
 
@@ -59,19 +64,23 @@ struct Up {
   static constexpr int kStrip = Gated ? 16 : 8;  // 8 gates and their ups
   static constexpr bool kQuantisesRows = false;
   // An activation takes some, whichever way; with these no target spills.
-  static constexpr int mma_registers(bool swap_ab) { return swap_ab ? 184 : 200; }
+  static constexpr int mma_registers(bool swap_ab, int) { return swap_ab ? 184 : 200; }
   static constexpr bool kLoadsWeightsEarly = true;
   static constexpr Bounds kBounds = Bounds::kGiven;
   using Shared = RouteCounter;
+  template <class>
+  struct HeldRows {};
 
+  using Asked = RouteCounter::Ids;
+  __device__ static Asked ask(Extra const& up) { return RouteCounter::request(up, 0); }
   __device__ static void const* bounds(sm12x_packed_params const& params, Extra const& up,
-                                       Shared& shared) {
+                                       Shared& shared, Asked const& asked) {
     if (up.topk_ids == 0) {
       arch::wait_on_prerequisite_grids();
       return reinterpret_cast<void const*>(params.bounds);
     }
     shared.clear(params.num_groups);
-    shared.count(up, params.num_groups, [](int, int) {});
+    shared.count(up, params.num_groups, asked, [](int, int) {});
     return shared.offsets;
   }
 
@@ -93,12 +102,16 @@ struct Down {
   using Extra = sm12x_down_params;
   static constexpr int kStrip = 8;
   static constexpr bool kQuantisesRows = true;
-  static constexpr int mma_registers(bool) { return 192; }
+  // The codes of 16 rows are held, in as many registers as the producers get then.
+  static constexpr int mma_registers(bool, int tokens) { return tokens == 16 ? 168 : 192; }
   static constexpr bool kLoadsWeightsEarly = true;
   static constexpr Bounds kBounds = Bounds::kFresh;
   struct Shared {};
 
-  __device__ static void const* bounds(sm12x_packed_params const& params, Extra const&, Shared&) {
+  struct Asked {};
+  __device__ static Asked ask(Extra const&) { return {}; }
+  __device__ static void const* bounds(sm12x_packed_params const& params, Extra const&, Shared&,
+                                       Asked const&) {
     return reinterpret_cast<void const*>(params.bounds);
   }
 
@@ -107,14 +120,23 @@ struct Down {
     arch::load_box(map, barrier, to, k, feature, group, policy);
   }
 
+  // The codes of the rows that a warp had last: pieces of the same rows follow each other.
+  template <class Rows>
+  struct HeldRows {
+    int group = -1;
+    int row;
+    typename Rows::Held codes;
+  };
+
   // One warp's share of the rows of a piece, as `rows` (QuantisedRows) divides them.
   template <class Rows, class Ring, class State, class To>
   __device__ static void load_rows(Rows const& rows, Extra const& down, Ring& ring,
-                                   PackedWork const& work, State& state, To const& to) {
+                                   PackedWork const& work, State& state, HeldRows<Rows>& held,
+                                   To const& to) {
     if (down.a_type == SM12X_OUT_BFLOAT16) {
-      load_rows_as<__nv_bfloat16>(rows, down, ring, work, state, to);
+      load_rows_as<__nv_bfloat16>(rows, down, ring, work, state, held, to);
     } else {
-      load_rows_as<__half>(rows, down, ring, work, state, to);
+      load_rows_as<__half>(rows, down, ring, work, state, held, to);
     }
   }
 
@@ -133,19 +155,37 @@ struct Down {
  private:
   template <class Element, class Rows, class Ring, class State, class To>
   __device__ static void load_rows_as(Rows const& rows, Extra const& down, Ring& ring,
-                                      PackedWork const& work, State& state, To const& to) {
+                                      PackedWork const& work, State& state, HeldRows<Rows>& held,
+                                      To const& to) {
     sm12x_packed_params const& gemm = down.gemm;
+    // Few rows are quantised anew for every piece without anybody waiting for it; holding them delays a run's
+    // first piece by half a microsecond.
+    constexpr bool kHolds = Rows::kHolds && Rows::kPasses > 2;
+    // With split-K a piece may be a part of the k-tiles.
+    bool const holds = kHolds && gemm.k <= Rows::kHeldTiles * Rows::kTileK && gemm.least_units == 0;
+    bool const has_them =
+        holds && __all_sync(0xffffffffu, work.group == held.group && work.row == held.row);
     Element const* from[Rows::kPasses];
     float maximum[Rows::kPasses];
 #pragma unroll
-    for (int pass = 0; pass < Rows::kPasses; ++pass) {
+    for (int pass = 0; !has_them && pass < Rows::kPasses; ++pass) {
       int const row = work.row + min(rows.row_of(pass), work.rows - 1);
       from[pass] = reinterpret_cast<Element const*>(gemm.a) + int64_t(row) * gemm.stride_a;
       maximum[pass] = __ldcg(reinterpret_cast<float const*>(down.row_maxima) + row);
     }
-    rows.load(
-        ring, work, state, to, from,
-        [&](int pass) { return epilogue::scale_of_maximum(maximum[pass]); }, gemm.k);
+    auto const scale_of = [&](int pass) { return epilogue::scale_of_maximum(maximum[pass]); };
+    if constexpr (kHolds) {
+      if (holds && !has_them) {
+        rows.hold(work.rows, from, gemm.k, held.codes, scale_of);
+        held.group = work.group;
+        held.row = work.row;
+      }
+      if (holds) {
+        rows.load_held(ring, work, state, to, held.codes);
+        return;
+      }
+    }
+    rows.load(ring, work, state, to, from, scale_of, gemm.k);
   }
 };
 

@@ -20,6 +20,7 @@ template <class Tile, int Tokens, int TileK, int Warps>
 class QuantisedRows {
  public:
   // A lane makes 8 codes of 16 bytes at a time. Lanes lie along k first.
+  static constexpr int kTileK = TileK;
   static constexpr int kLanes = TileK / 8;
   static constexpr int kRowsAtOnce = 32 / kLanes;
   static constexpr int kPasses = Tokens / kRowsAtOnce / Warps;
@@ -84,49 +85,39 @@ class QuantisedRows {
     }
   }
 
-  /// Codes of a whole row of up to so many k-tiles, which a warp can hold for the next pieces of the same rows.
+  /// Codes of a whole row of up to so many k-tiles, which a warp can hold for the next pieces of the same rows; of
+  /// not too many rows, that is.
   static constexpr int kHeldTiles = 6;
-  using Held = uint2[kHeldTiles][kPasses];
+  static constexpr bool kHolds = kPasses <= 4;
+  using Held = uint2[kHeldTiles][kHolds ? kPasses : 1];
 
   /// Makes them, and the scales of the lane's rows from their largest magnitudes: in one trip to L2. NaN does not
   /// count. Where there is no row, zeros and 1.
   template <class Element>
   __device__ void hold(int rows, Element const* const (&from)[kPasses], int k, Held& held,
                        float (&scale)[kPasses]) const {
-    uint4 values[kHeldTiles][kPasses];
-    int const lane = threadIdx.x % kLanes;
-#pragma unroll
-    for (int tile = 0; tile < kHeldTiles; ++tile) {
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        int const at = tile * TileK + lane * 8;
-        values[tile][pass] = {};
-        if (row_of(pass) < rows && at < k) {
-          values[tile][pass] = __ldcg(reinterpret_cast<uint4 const*>(from[pass] + at));
-        }
-      }
-    }
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      scale[pass] = 1.0f;
+    hold_rows(rows, from, k, held, [&](int pass, uint4 const(&values)[kHeldTiles]) {
+      typename epilogue::Pair<Element>::Type largest[4] = {};
 #pragma unroll
       for (int tile = 0; tile < kHeldTiles; ++tile) {
-        held[tile][pass] = {};
+        epilogue::raise<Element>(largest, values[tile]);
       }
-      if (first_row_of(pass) < rows) {
-        typename epilogue::Pair<Element>::Type largest[4] = {};
+      return scale[pass] = epilogue::scale_of_maximum(of_row<Element>(largest));
+    });
 #pragma unroll
-        for (int tile = 0; tile < kHeldTiles; ++tile) {
-          epilogue::raise<Element>(largest, values[tile][pass]);
-        }
-        scale[pass] = epilogue::scale_of_maximum(of_row<Element>(largest));
-        epilogue::Quotient const quotient(scale[pass]);
-#pragma unroll
-        for (int tile = 0; tile < kHeldTiles; ++tile) {
-          held[tile][pass] = epilogue::quantised_chunk<Element>(values[tile][pass], quotient);
-        }
+    for (int pass = 0; pass < kPasses; ++pass) {
+      if (first_row_of(pass) >= rows) {
+        scale[pass] = 1.0f;
       }
     }
+  }
+
+  /// The same with scales that are known: scale_of(pass), asked for when the rows are on the way.
+  template <class Element, class ScaleOf>
+  __device__ void hold(int rows, Element const* const (&from)[kPasses], int k, Held& held,
+                       ScaleOf const& scale_of) const {
+    hold_rows(rows, from, k, held,
+              [&](int pass, uint4 const(&)[kHeldTiles]) { return scale_of(pass); });
   }
 
   /// load() from what is held.
@@ -174,6 +165,48 @@ class QuantisedRows {
   }
 
  private:
+  // find_scale(pass, values): of a row that is there, by all lanes. Two passes' rows are on the way together: more
+  // would take more registers than producers have.
+  template <class Element, class FindScale>
+  __device__ void hold_rows(int rows, Element const* const (&from)[kPasses], int k, Held& held,
+                            FindScale const& find_scale) const {
+    constexpr int kTogether = kPasses < 2 ? kPasses : 2;
+    static_assert(kHolds);
+    int const lane = threadIdx.x % kLanes;
+#pragma unroll
+    for (int first = 0; first < kPasses; first += kTogether) {
+      uint4 values[kTogether][kHeldTiles];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+        for (int tile = 0; tile < kHeldTiles; ++tile) {
+          int const at = tile * TileK + lane * 8;
+          values[i][tile] = {};
+          if (row_of(first + i) < rows && at < k) {
+            values[i][tile] = __ldcg(reinterpret_cast<uint4 const*>(from[first + i] + at));
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        int const pass = first + i;
+        bool const there = first_row_of(pass) < rows;
+        if (there) {
+          epilogue::Quotient const quotient(find_scale(pass, values[i]));
+#pragma unroll
+          for (int tile = 0; tile < kHeldTiles; ++tile) {
+            held[tile][pass] = epilogue::quantised_chunk<Element>(values[i][tile], quotient);
+          }
+        } else {
+#pragma unroll
+          for (int tile = 0; tile < kHeldTiles; ++tile) {
+            held[tile][pass] = {};
+          }
+        }
+      }
+    }
+  }
+
   // K-tiles whose rows are in flight: as many as the producers' registers hold.
   static constexpr int kDepth = kPasses <= 2 || Warps == 1 ? 4 : kPasses <= 4 ? 3 : 1;
   // Chunks of a row whose loads are in flight while its maximum is looked for.

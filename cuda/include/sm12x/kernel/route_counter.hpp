@@ -8,19 +8,6 @@
 
 namespace sm12x::kernel {
 
-/// Local expert of a route, -1: none of this device's. Params: a launch struct with ids and a map.
-template <class Params>
-__device__ int expert_of(Params const& params, int route, int num_experts) {
-  int64_t id = params.ids_are_64_bit
-                   ? __ldcg(reinterpret_cast<long long const*>(params.topk_ids) + route)
-                   : int64_t(__ldcg(reinterpret_cast<int32_t const*>(params.topk_ids) + route));
-  if (params.expert_map != 0) {
-    bool const known = id >= 0 && id < params.map_size;
-    id = known ? __ldcg(reinterpret_cast<int32_t const*>(params.expert_map) + id) : -1;
-  }
-  return id >= 0 && id < num_experts ? int(id) : -1;
-}
-
 /// Offsets, as sorting the routes by expert gives them, in shared memory.
 struct RouteCounter {
   static constexpr int kPerRound = 128;  // experts that a warp sums up at once, four a lane
@@ -37,25 +24,54 @@ struct RouteCounter {
     __syncwarp();
   }
 
-  /// A whole warp. Calls visit(route, local expert or -1) for every route, on one lane.
-  template <class Visit>
-  __device__ void count(sm12x_up_params const& up, int experts, Visit const& visit) {
-    constexpr uint32_t kAllLanes = 0xffffffffu;
-    int const lane = threadIdx.x % 32;
-    for (int first = 0; first < up.routes; first += 4 * 32) {
-      int expert[4];
+  /// Ids of 128 routes on their way, four a lane, in two words each.
+  struct Ids {
+    static constexpr int kPerLane = 4;
+    uint32_t low[kPerLane];
+    uint32_t high[kPerLane];
+  };
+
+  /// Asks for the ids of the routes from `first` on and waits for none of them. A whole warp.
+  __device__ static Ids request(sm12x_up_params const& up, int first) {
+    auto const* const ids = reinterpret_cast<uint32_t const*>(up.topk_ids);
+    int const routes = ids != nullptr ? up.routes : 0;
+    int const wide = up.ids_are_64_bit != 0 ? 1 : 0;
+    Ids asked;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        int const route = first + 32 * i + lane;
-        expert[i] = route < up.routes ? expert_of(up, route, experts) : -1;
+    for (int i = 0; i < Ids::kPerLane; ++i) {
+      int const route = first + 32 * i + int(threadIdx.x % 32);
+      asked.low[i] = ~0u;
+      asked.high[i] = 0;
+      if (route < routes) {
+        asked.low[i] = __ldcg(ids + (int64_t(route) << wide));
+        if (wide != 0) {
+          asked.high[i] = __ldcg(ids + (int64_t(route) << wide) + 1);
+        }
+      }
+    }
+    return asked;
+  }
+
+  /// A whole warp. `ids`: of the first routes. Calls visit(route, local expert or -1) for every route, on one lane.
+  template <class Visit>
+  __device__ void count(sm12x_up_params const& up, int experts, Ids ids, Visit const& visit) {
+    constexpr uint32_t kAllLanes = 0xffffffffu;
+    constexpr int kAtOnce = 32 * Ids::kPerLane;
+    int const lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int first = 0; first < up.routes; first += kAtOnce) {
+      if (first > 0) {
+        ids = request(up, first);
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (first + 32 * i + lane < up.routes) {
-          visit(first + 32 * i + lane, expert[i]);
+      for (int i = 0; i < Ids::kPerLane; ++i) {
+        int const route = first + 32 * i + lane;
+        int const expert = expert_of(up, ids.low[i], ids.high[i], experts);
+        if (route < up.routes) {
+          visit(route, expert);
         }
-        if (expert[i] >= 0) {
-          atomicAdd(offsets + expert[i], 1);
+        if (expert >= 0) {
+          atomicAdd(offsets + expert, 1);
         }
       }
     }
@@ -80,6 +96,19 @@ struct RouteCounter {
       offsets[experts] = rows;
     }
     __syncwarp();
+  }
+
+ private:
+  // Local expert of a route, -1: none of this device's. No number of experts reaches 2^31, so that negative ids are
+  // too large.
+  __device__ static int expert_of(sm12x_up_params const& up, uint32_t low, uint32_t high,
+                                  int experts) {
+    int id =
+        high == 0 && low < uint32_t(up.expert_map != 0 ? up.map_size : experts) ? int(low) : -1;
+    if (up.expert_map != 0 && id >= 0) {
+      id = __ldcg(reinterpret_cast<int32_t const*>(up.expert_map) + id);
+    }
+    return uint32_t(id) < uint32_t(experts) ? id : -1;
   }
 };
 

@@ -32,8 +32,10 @@ class StageRing {
 
   __device__ explicit StageRing(Storage& storage) : storage_(storage) {}
 
-  /// One thread, before the CTA's first barrier. Arrivals: of the producers, for one stage.
+  /// One thread, before the CTA's first barrier: mbarriers are made by uniform instructions, which for a warp's lanes
+  /// come one after the other, with a fence each. Arrivals: of the producers, for one stage.
   __device__ void init(uint32_t producer_arrivals, uint32_t reader_warps) {
+#pragma unroll
     for (int stage = 0; stage < MostStages; ++stage) {
       storage_.full[stage].init(producer_arrivals);
       storage_.empty[stage].init(reader_warps);
