@@ -39,9 +39,10 @@ _HOT = (
     "cuCtxSetCurrent",
     "cuTensorMapEncodeTiled",
     "cuTensorMapReplaceAddress",
+    "cuStreamIsCapturing",
 )
 # Of these, what neither waits for anything nor calls back. A launch waits where the device's queue is full.
-_BRIEF = ("cuCtxGetCurrent", "cuTensorMapReplaceAddress")
+_BRIEF = ("cuCtxGetCurrent", "cuTensorMapReplaceAddress", "cuStreamIsCapturing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,8 +360,12 @@ def _load_function(device: Device, variant: manifest.Variant) -> int:
 
 
 def stream_is_capturing(device: Device, stream: int) -> bool:
-    """Whether `stream` is being captured into a graph."""
-    return int(device.driver.call("cuStreamIsCapturing", stream)) != 0
+    """Whether `stream` is being captured into a graph. Raises CudaError."""
+    found = ctypes.c_int()
+    status = device.driver.hot.cuStreamIsCapturing(device.driver.pointer(stream), ctypes.byref(found))
+    if status:
+        raise device.driver.error("cuStreamIsCapturing", status)
+    return found.value != 0
 
 
 @contextmanager

@@ -349,6 +349,6 @@ def test_gemm2_quantises_its_rows(rng, key, name):
         factor = scale[part, None].astype(np.float64) * b_scale[expert]
         ref = (codes[part] @ w.T * factor + bias[expert]) * weight[part, None]
         magnitude = (np.abs(codes[part]) @ np.abs(w.T) * factor + np.abs(bias[expert])) * weight[part, None]
-        passed, worst = check(found[part], ref, magnitude, p.k)[:2]
-        assert passed, worst
+        _, worst = check(found[part], ref, magnitude, p.k)
+        assert worst <= 1
     counters_are_zero(m, gemm, variant, p.ctas)

@@ -92,6 +92,7 @@ class FakeDriver:
             "cuLaunchKernelEx": [ctypes.c_void_p] * 4,
             "cuTensorMapReplaceAddress": [ctypes.c_void_p] * 2,
             "cuCtxGetCurrent": [ctypes.c_void_p],
+            "cuStreamIsCapturing": [ctypes.c_void_p] * 2,
             "cuCtxSetCurrent": [ctypes.c_void_p],
             "cuTensorMapEncodeTiled": [
                 *(ctypes.c_void_p, ctypes.c_int, ctypes.c_uint),
@@ -207,9 +208,6 @@ class FakeDriver:
     def do_cuStreamSynchronize(self, stream):
         self.log.append(("synchronize", int(stream)))
 
-    def do_cuStreamIsCapturing(self, stream):
-        return real_bindings.CUstreamCaptureStatus(int(self.capturing))
-
     def do_cuStreamCreate(self, flags):
         return real_bindings.CUstream(HIGH + 0x5000)
 
@@ -276,6 +274,11 @@ class FakeDriver:
     def c_cuCtxGetCurrent(self, target):
         status = self._status("cuCtxGetCurrent")
         ctypes.c_void_p.from_address(target).value = self.context
+        return status
+
+    def c_cuStreamIsCapturing(self, stream, target):
+        status = self._status("cuStreamIsCapturing")
+        ctypes.c_int.from_address(target).value = int(self.capturing)
         return status
 
     def c_cuCtxSetCurrent(self, context):

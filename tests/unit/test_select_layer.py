@@ -159,15 +159,16 @@ def test_few_rows_are_quantised_on_their_way_in_and_many_apart(held, arch):
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_held_codes_are_made_once_for_an_expert(held, arch, monkeypatch):
-    """Where K is narrow; others are made anew for each tile of features."""
+    """Where K is narrow and its rows are one tile; others are made anew for each tile of features."""
 
-    def gather(intermediate):
-        problem = layer(1024, arch, hidden=8192, intermediate=intermediate).down(1024, quantises=True)
+    def gather(intermediate, rows=256):
+        problem = layer(rows, arch, hidden=8192, intermediate=intermediate).down(rows, quantises=True)
         variants = [v for v in held.gemms("fp8_down", "down") if v.token_tile == 8]
         return min(c.terms["gather"] for c in select(problem, variants, SMS[arch]) if not c.least_units)
 
     monkeypatch.setattr("sm12x.select.model.HELD_ROWS", 8)
     assert gather(784) > 4 * gather(768)
+    assert gather(784, 2048) < 1.1 * gather(768, 2048)
     monkeypatch.setattr("sm12x.select.model.HELD_ROWS", 16)
     assert gather(784) < 1.1 * gather(768)
 

@@ -294,9 +294,6 @@ class Emulator:
             self.queue.finish()
         return (OK,)
 
-    def cuStreamIsCapturing(self, stream: Any) -> tuple[int, int]:
-        return (OK, 0) if self._is_stream(stream) else (INVALID_HANDLE, 0)
-
     # libcuda.so.1: ctypes arguments, a status.
 
     def launch_kernel(
@@ -408,6 +405,13 @@ class Emulator:
         target._obj.value = getattr(self._current, "context", 0)
         return OK
 
+    def is_capturing(self, stream: Any, target: Any) -> int:
+        """cuStreamIsCapturing, which no stream here is; `target` is a byref of a c_int."""
+        if not self._is_stream(_integer(stream)):
+            return INVALID_HANDLE
+        target._obj.value = 0
+        return OK
+
     def encode_tiled(
         self,
         target: ctypes.c_void_p,
@@ -467,6 +471,7 @@ def get_driver() -> runtime.Driver:
         cuCtxSetCurrent=lambda context: made.cuCtxSetCurrent(context)[0],
         cuTensorMapEncodeTiled=made.encode_tiled,
         cuTensorMapReplaceAddress=made.replace_address,
+        cuStreamIsCapturing=made.is_capturing,
     )
     # The PTX is the same whatever CUDA the cubins are for: those that are here will do.
     major = manifest.wheel_major() or manifest.MAJORS[-1]

@@ -3,7 +3,8 @@
     launch   launches in a CUDA graph (one; with a preparation kernel more), the kernel's start and end, and
              with a row index its first look-up
     setup    what each expert that the busiest CTA turns to keeps its loads waiting (ptr_array: rewriting
-             tensor maps); where a run of strips crosses from one expert to the next, its two short pieces
+             tensor maps, or quantising all of its rows first); where a run of strips crosses from one expert
+             to the next, its two short pieces
     dram     unique bytes over what the SMs with work can pull: the device's rate, or the ceiling of each SM;
              and part of what lies past K in the last k-tile
     smem     bytes into shared memory, weights once for every tile of tokens: at L2's rate for all SMs
@@ -38,6 +39,9 @@ from .rates import FAMILIES, RATES, dram
 MMA_M, MMA_K = 16, 32  # of one MMA instruction
 # What quantising warps hold the codes of: a tile of so many rows, with so large a K (quantised_rows.hpp).
 HELD_ROWS, HELD_K = 16, 768
+# Microseconds for which that keeps an expert's first tile waiting. Measured, H200, 2026-11-23: layers of 2 to
+# 16 tokens took 1 to 2 longer with tiles of 16 rows, whose CTAs turn to one or two experts, than with 8.
+HOLD = 0.8
 OUT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
@@ -295,10 +299,14 @@ def _choice(
     gather = 0.0
     if problem.gathers:
         gather = busiest.tokens / 16.0 * rates.gathered + busiest.k_tiles * rates.handed
+    hold = 0.0
     if family.quantises:
         values = busiest.tokens
-        if variant.token_tile == HELD_ROWS and problem.k <= HELD_K and not least_units:
+        # A CTA takes an expert's tiles of tokens in turns: the codes of one are held, of two neither's.
+        one_tile = work.token_tiles <= 1.2 * work.active
+        if variant.token_tile == HELD_ROWS and problem.k <= HELD_K and not least_units and one_tile:
             values = min(values, busiest.experts * variant.token_tile * problem.k)
+            hold = HOLD
         gather = values / 16.0 * rates.quantised
     thousand_clocks = rates.clock * 1e3
     terms = {
@@ -306,7 +314,7 @@ def _choice(
         + launches * rates.next_launch
         + family.start
         + (rates.lookup if problem.gathers else 0.0),
-        "setup": busiest.experts * family.setup + busiest.cut * family.cut,
+        "setup": busiest.experts * (family.setup + hold) + busiest.cut * family.cut,
         "dram": busiest.reading * (1.0 + family.hollow * work.hollow / max(work.unique, 1.0)),
         "smem": loads / thousand_clocks,
         "gather": gather / thousand_clocks,
