@@ -42,7 +42,7 @@ _HOT = (
     "cuStreamIsCapturing",
 )
 # Of these, what neither waits for anything nor calls back. A launch waits where the device's queue is full.
-_BRIEF = ("cuCtxGetCurrent", "cuTensorMapReplaceAddress", "cuStreamIsCapturing")
+_BRIEF = ("cuCtxGetCurrent", "cuTensorMapReplaceAddress")
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ UP_PROBLEMS = {
     "static split": Up((3, 0, 17), 72, 704, 7, out=E4M3, least_units=1, wide=True),
     "clamped": Up((1,) * 9, 40, 144, 4, pairs=True, limit=1.5),
     "counted": Up((1, 0, 5, 0, 2), 72, 144, 3, counts=True),
-    "counted wide": Up((2, 0, 30) + (0, 1) * 80, 40, 80, 4, counts=True, wide=True),
+    "counted wide": Up((2, 0, 50) + (0, 1) * 80, 40, 80, 4, counts=True, wide=True),
     "one expert": Up((150,), 64, 80, 5, gathers=False),
 }
 

@@ -318,7 +318,9 @@ def test_router_weights_on_the_input_are_rounded_to_its_type(rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16)], ids=str)
-@pytest.mark.parametrize(("tokens", "top_k", "n"), [(1, 8, 2816), (3, 1, 16), (4, 11, 1040), (2, 2, 1024)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "n"), [(1, 8, 2816), (3, 1, 16), (4, 11, 1040), (2, 2, 1024), (2, 40, 1040)]
+)
 def test_rows_of_a_token_are_added_in_the_order_of_its_routes(rng, dtype, tokens, top_k, n):
     m = Machine()
     count = tokens * top_k

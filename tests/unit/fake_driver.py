@@ -278,6 +278,7 @@ class FakeDriver:
 
     def c_cuStreamIsCapturing(self, stream, target):
         status = self._status("cuStreamIsCapturing")
+        self.asked_stream = stream or 0
         ctypes.c_int.from_address(target).value = int(self.capturing)
         return status
 

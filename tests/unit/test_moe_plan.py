@@ -52,6 +52,7 @@ def test_a_second_call_changes_its_addresses_and_nothing_else(fake):
     fake.calls.clear()
     run(layer, second)
     assert fake.calls == ["cuCtxGetCurrent", "cuStreamIsCapturing", *LAUNCHES]
+    assert fake.asked_stream == fake.launches[-1].stream > 2**32
     after = [facts(each.params) for each in fake.launches[4:]]
     changed = [
         {name: (old[name], new[name]) for name in old if old[name] != new[name]}

@@ -18,12 +18,12 @@ from .rates import RATES, dram
 FP8 = "float8_e4m3fn"
 # The factor by which quantising rows apart must be faster to be worth a launch more: host time, and a gap.
 APART_GAINS = 1.05
-# Up to so many routes of all tokens, and rows that an expert may expect, and for h so narrow, one launch
-# for all of a layer is not slower than several, and saves the host three. On an H200, 2026-11-23,
-# microseconds with one launch and with four: gemma-4-26B-A4B (I 704) 25.8 and 25.7 at 1 token of 8 routes,
-# 38.1 and 36.5 at 2, 88.3 and 85.3 at 8; Qwen3-30B-A3B (I 768) 22.7 and 22.4, 32.0 and 31.4, 74.2 and 70.9;
-# Mixtral (I 14336), with older kernels, 101.9 and 94.7 at 1 token. The kernel itself takes more routes and
-# any width, but holds a row's codes for all its pieces only up to 768 of them.
+# Up to so many routes of all tokens, and rows that an expert may expect, and for h so narrow, a layer is
+# one launch: it takes 2 or 3 % longer than four then, and saves the host three of them. Microseconds on an
+# H200 with one and with four, 2026-11-23_layer_h200_2.json: gemma-4-26B-A4B (I 704) 26.0 and 25.6 at 1 token
+# of 8 routes, 39.4 and 38.2 at 2; Qwen3-30B-A3B (I 768) 23.0 and 22.4, 34.1 and 31.8. Fewer routes a token
+# were not timed. The kernel itself takes more routes and any width, but holds a row's codes for all its
+# pieces only up to 768 of them.
 MOST_WHOLE_ROUTES = 8
 MOST_WHOLE_ROWS = 2
 MOST_WHOLE_WIDTH = 768

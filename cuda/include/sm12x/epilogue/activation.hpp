@@ -6,8 +6,9 @@
 
 namespace sm12x::epilogue {
 
-/// What the launch says about the activation. Divisions are within 2 units in the last place of FP32, of which the
-/// 2-byte result keeps none: a sequence for the last bit is longer than all else of it.
+/// What the launch says about the activation. Quotients are within 2 units in the last place of FP32, where a result
+/// of 2 bytes rounds away far more, and 0 instead of less than 1e-35: a division exact to the last bit takes longer
+/// than all else of it.
 struct Activation {
   float alpha;
   float beta;

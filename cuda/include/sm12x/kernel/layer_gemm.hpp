@@ -162,7 +162,7 @@ class LayerGemm {
     queue.advance(at);
   }
 
-  // Warp 0. As PackedGemm::find_work, but for shares that it claims.
+  // Warp 0. As PackedGemm::start and load_all_weights, but for shares that it claims.
   __device__ static void find_work(Params const& params, SharedMemory& shared, Ring& ring,
                                    uint32_t stages_of_boxes) {
     Front& front = shared.front;
@@ -193,7 +193,7 @@ class LayerGemm {
 #pragma unroll 1
       while (share < gridDim.x) {
         schedule.take(share);
-        // As in PackedGemm::find_work.
+        // As in PackedGemm::load_all_weights.
         Work work = {};
         bool has_work = false;
         bool is_first = true;

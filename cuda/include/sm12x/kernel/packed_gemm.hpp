@@ -14,7 +14,8 @@
 /// Registers: a multiprocessor has 65,536, and warps lie on four quarters of it.
 ///   one atom a warp  10 warps, at most three in a quarter         168 each at most
 ///   more             12 warps: 4 producers (2 idle) and 8 MMA      120 and 192 each (setmaxnreg), or as
-///                                               an operation says: an activation takes some
+///                                               an operation says: an activation takes some, and
+///                                               so do codes that are held
 ///
 /// A stage is complete when its bytes have landed and both producers have arrived; it is empty when
 /// every MMA warp of the group that reads it has released it.

@@ -91,8 +91,8 @@ class QuantisedRows {
   static constexpr bool kHolds = kPasses <= 4;
   using Held = uint2[kHeldTiles][kHolds ? kPasses : 1];
 
-  /// Makes them, and the scales of the lane's rows from their largest magnitudes: in one trip to L2. NaN does not
-  /// count. Where there is no row, zeros and 1.
+  /// Makes them, and the scales of the lane's rows from their largest magnitudes: a trip to L2 for two passes. NaN does
+  /// not count. Where there is no row, zeros and 1.
   template <class Element>
   __device__ void hold(int rows, Element const* const (&from)[kPasses], int k, Held& held,
                        float (&scale)[kPasses]) const {
