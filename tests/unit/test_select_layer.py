@@ -166,10 +166,11 @@ def test_held_codes_are_made_once_for_an_expert(held, arch, monkeypatch):
         variants = [v for v in held.gemms("fp8_down", "down") if v.token_tile == 8]
         return min(c.terms["gather"] for c in select(problem, variants, SMS[arch]) if not c.least_units)
 
-    monkeypatch.setattr("sm12x.select.model.HELD_ROWS", 8)
+    down = FAMILIES["fp8_down"]
+    monkeypatch.setitem(FAMILIES, "fp8_down", replace(down, held_rows=8))
     assert gather(784) > 4 * gather(768)
     assert gather(784, 2048) < 1.1 * gather(768, 2048)
-    monkeypatch.setattr("sm12x.select.model.HELD_ROWS", 16)
+    monkeypatch.setitem(FAMILIES, "fp8_down", down)
     assert gather(784) < 1.1 * gather(768)
 
 

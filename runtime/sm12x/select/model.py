@@ -37,11 +37,6 @@ from .problem import Groups, Problem, strip_of, takes_runs, units_upper_bound
 from .rates import FAMILIES, RATES, dram
 
 MMA_M, MMA_K = 16, 32  # of one MMA instruction
-# What quantising warps hold the codes of: a tile of so many rows, with so large a K (quantised_rows.hpp).
-HELD_ROWS, HELD_K = 16, 768
-# Microseconds for which that keeps an expert's first tile waiting. Measured, H200, 2026-11-23: layers of 2 to
-# 16 tokens took 1 to 2 longer with tiles of 16 rows, whose CTAs turn to one or two experts, than with 8.
-HOLD = 0.8
 OUT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
@@ -304,9 +299,10 @@ def _choice(
         values = busiest.tokens
         # A CTA takes an expert's tiles of tokens in turns: the codes of one are held, of two neither's.
         one_tile = work.token_tiles <= 1.2 * work.active
-        if variant.token_tile == HELD_ROWS and problem.k <= HELD_K and not least_units and one_tile:
+        held = variant.token_tile == family.held_rows and problem.k <= family.held_k
+        if held and not least_units and one_tile:
             values = min(values, busiest.experts * variant.token_tile * problem.k)
-            hold = HOLD
+            hold = family.hold
         gather = values / 16.0 * rates.quantised
     thousand_clocks = rates.clock * 1e3
     terms = {

@@ -59,6 +59,8 @@ class Family:
     splits        can split K
     runs          its swapped kernels take runs of feature strips, all others tiles in turns
     quantises     makes e4m3 of rows of two bytes itself
+    held_rows     tiles of so many rows hold their codes for all pieces that share them, where K is at most
+    held_k        so large (sm12x/kernel/quantised_rows.hpp); 0: none
     skips_k       does not compute the part of a k-tile that lies past K
     prepared      groups of a list call that one launch of its preparation kernel takes (a packed call needs
                   one launch); 0 where it needs none
@@ -68,6 +70,7 @@ class Family:
                   pieces take longer than one of both their sizes
     hollow        part of the time to read it that the part of a k-tile past K costs: it fills a stage
     tile          microseconds of the MMA warps for each tile besides its values
+    hold          microseconds for which holding codes keeps an expert's first tile waiting
     """
 
     kinds: tuple[str, ...]
@@ -83,6 +86,9 @@ class Family:
     hollow: float
     tile: float
     quantises: bool = False
+    held_rows: int = 0
+    held_k: int = 0
+    hold: float = 0.0
 
 
 FAMILIES = {
@@ -120,7 +126,17 @@ FAMILIES = {
 # On the same kernel layer; its constants are taken for theirs.
 _packed = FAMILIES["fp8_packed"]
 FAMILIES["fp8_up"] = replace(_packed, kinds=("packed",), weights_rows=False)
-FAMILIES["fp8_down"] = replace(_packed, kinds=("packed",), gathers=False, quantises=True)
+FAMILIES["fp8_down"] = replace(
+    _packed,
+    kinds=("packed",),
+    gathers=False,
+    quantises=True,
+    held_rows=16,
+    held_k=768,
+    # Measured, H200, 2026-11-23: layers of 2 to 16 tokens took 1 to 2 longer with tiles of 16 rows, whose
+    # CTAs turn to one or two experts, than with 8.
+    hold=0.8,
+)
 
 RATES = {
     # "Sought": what loses least on 2026-11-23_forced_h200.json, every packed variant forced on 60 rows:

@@ -6,36 +6,26 @@
 #include <cstdint>
 
 #include <sm12x/abi_moe.h>
-#include <sm12x/arch/copy.hpp>
 #include <sm12x/epilogue/activation_store.hpp>
 #include <sm12x/epilogue/row_store.hpp>
 #include <sm12x/epilogue/tile_scales.hpp>
+#include <sm12x/kernel/packed_operations.hpp>
 
 namespace sm12x::kernel {
 
-struct LayerOperation {
+struct LayerOperation : PlainOperation {
   static constexpr int kStrip = 16;
   static constexpr bool kQuantisesRows = true;
   static constexpr int mma_registers(bool, int) { return 184; }
   static constexpr bool kLoadsWeightsEarly = false;
   static constexpr Bounds kBounds = Bounds::kCounted;
-  struct Shared {};
-  struct Asked {};
 };
 
 /// GEMM1 with its activation. Gated: w1 has gates and ups.
 template <bool Gated>
-struct LayerUp : LayerOperation {
+struct LayerUp : LayerOperation, FirstWeights<Gated> {
   using Extra = sm12x_up_params;
-
-  __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
-                                      int feature, int group, arch::CachePolicy policy) {
-    if constexpr (Gated) {
-      arch::load_paired_box(map, barrier, to, k, feature / 16, group, policy);
-    } else {
-      arch::load_box(map, barrier, to, k, feature, group, policy);
-    }
-  }
+  using FirstWeights<Gated>::load_weights;
 
   template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
   using Store = epilogue::ActivationStore<Gated, SwapAb, AtomsM, AtomsN, StepM, StepN,
@@ -45,11 +35,6 @@ struct LayerUp : LayerOperation {
 /// GEMM2.
 struct LayerDown : LayerOperation {
   using Extra = sm12x_packed_params;
-
-  __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
-                                      int feature, int group, arch::CachePolicy policy) {
-    arch::load_box(map, barrier, to, k, feature, group, policy);
-  }
 
   template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
   using Store =

@@ -22,22 +22,19 @@
 
 namespace sm12x::kernel {
 
-/// D = rows x weights (family fp8_packed).
-struct Product {
-  struct Extra {};
-  static constexpr int kStrip = 8;  // features that stay together
-  static constexpr bool kQuantisesRows = false;
-  // Of MMA warps, where registers move to them from the producers.
-  static constexpr int mma_registers(bool, int) { return 192; }
-  static constexpr bool kLoadsWeightsEarly = false;
-  static constexpr Bounds kBounds = Bounds::kGiven;
+/// What operations have that say nothing else: bounds that are there, no codes that are held, weights as they lie.
+struct PlainOperation {
   struct Shared {};
   template <class>
   struct HeldRows {};
 
   // What the warp that finds the work asks for first of all, and then where the bounds are. A whole warp.
   struct Asked {};
-  __device__ static Asked ask(Extra const&) { return {}; }
+  template <class Extra>
+  __device__ static Asked ask(Extra const&) {
+    return {};
+  }
+  template <class Extra>
   __device__ static void const* bounds(sm12x_packed_params const& params, Extra const&, Shared&,
                                        Asked const&) {
     return reinterpret_cast<void const*>(params.bounds);
@@ -47,6 +44,30 @@ struct Product {
                                       int feature, int group, arch::CachePolicy policy) {
     arch::load_box(map, barrier, to, k, feature, group, policy);
   }
+};
+
+/// The weights of GEMM1. Gated: w1 has gates and ups.
+template <bool Gated>
+struct FirstWeights {
+  __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
+                                      int feature, int group, arch::CachePolicy policy) {
+    if constexpr (Gated) {
+      arch::load_paired_box(map, barrier, to, k, feature / 16, group, policy);
+    } else {
+      arch::load_box(map, barrier, to, k, feature, group, policy);
+    }
+  }
+};
+
+/// D = rows x weights (family fp8_packed).
+struct Product : PlainOperation {
+  struct Extra {};
+  static constexpr int kStrip = 8;  // features that stay together
+  static constexpr bool kQuantisesRows = false;
+  // Of MMA warps, where registers move to them from the producers.
+  static constexpr int mma_registers(bool, int) { return 192; }
+  static constexpr bool kLoadsWeightsEarly = false;
+  static constexpr Bounds kBounds = Bounds::kGiven;
 
   template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
   struct Store : epilogue::RowStore<SwapAb, AtomsM, AtomsN, StepM, StepN> {
@@ -59,7 +80,7 @@ struct Product {
 
 /// GEMM1 with its activation (family fp8_up).
 template <bool Gated>
-struct Up {
+struct Up : PlainOperation, FirstWeights<Gated> {
   using Extra = sm12x_up_params;
   static constexpr int kStrip = Gated ? 16 : 8;  // 8 gates and their ups
   static constexpr bool kQuantisesRows = false;
@@ -68,8 +89,7 @@ struct Up {
   static constexpr bool kLoadsWeightsEarly = true;
   static constexpr Bounds kBounds = Bounds::kGiven;
   using Shared = RouteCounter;
-  template <class>
-  struct HeldRows {};
+  using FirstWeights<Gated>::load_weights;
 
   using Asked = RouteCounter::Ids;
   __device__ static Asked ask(Extra const& up) { return RouteCounter::request(up, 0); }
@@ -84,21 +104,12 @@ struct Up {
     return shared.offsets;
   }
 
-  __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
-                                      int feature, int group, arch::CachePolicy policy) {
-    if constexpr (Gated) {
-      arch::load_paired_box(map, barrier, to, k, feature / 16, group, policy);
-    } else {
-      arch::load_box(map, barrier, to, k, feature, group, policy);
-    }
-  }
-
   template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>
   using Store = epilogue::ActivationStore<Gated, SwapAb, AtomsM, AtomsN, StepM, StepN>;
 };
 
 /// GEMM2 on rows that it quantises itself (family fp8_down).
-struct Down {
+struct Down : PlainOperation {
   using Extra = sm12x_down_params;
   static constexpr int kStrip = 8;
   static constexpr bool kQuantisesRows = true;
@@ -106,19 +117,6 @@ struct Down {
   static constexpr int mma_registers(bool, int tokens) { return tokens == 16 ? 168 : 192; }
   static constexpr bool kLoadsWeightsEarly = true;
   static constexpr Bounds kBounds = Bounds::kFresh;
-  struct Shared {};
-
-  struct Asked {};
-  __device__ static Asked ask(Extra const&) { return {}; }
-  __device__ static void const* bounds(sm12x_packed_params const& params, Extra const&, Shared&,
-                                       Asked const&) {
-    return reinterpret_cast<void const*>(params.bounds);
-  }
-
-  __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
-                                      int feature, int group, arch::CachePolicy policy) {
-    arch::load_box(map, barrier, to, k, feature, group, policy);
-  }
 
   // The codes of the rows that a warp had last: pieces of the same rows follow each other.
   template <class Rows>
