@@ -9,7 +9,7 @@ from ..arrays import HOST, Array
 from ..tensors import allocate_like, current_stream, deliver, framework_of, ingest
 from . import emulated, validate
 from .arguments import device_of, refuse_for_numpy, scale
-from .moe_plan import LayerPlan
+from .moe_plan import CallPlan, LayerPlan
 from .moe_validate import CallArrays, LayerArrays, LayerOptions
 
 MAX_PLANS = 1024  # layers: of a few models
@@ -165,7 +165,7 @@ def _fused_moe_on_device(
                 _plans.clear()
             _plans[key] = plan
     inputs = [array for _, array in arrays.named() if array is not None]
-    return run_layer(plan, given, out, handle, device, inputs)
+    return run_layer(plan, given, out, handle, device, inputs)[1]
 
 
 def take_call_arrays(
@@ -222,8 +222,9 @@ def take_layer_arrays(
 
 def run_layer(
     plan: LayerPlan, given: CallArrays, out: Any, stream: int, device: int, weights: list[Array]
-) -> Any:
-    """One call of a planned layer; `weights`: the layer's arrays, which JAX has to keep."""
+) -> tuple[CallPlan, Any]:
+    """One call of a planned layer: its plan and its result; `weights`: the layer's arrays, which JAX has to
+    keep."""
     calls = plan.take(given)
     target = given.out
     if target is None:
@@ -234,7 +235,7 @@ def run_layer(
     if calls.hand_over:
         inputs = [given.x, given.topk_weights, given.topk_ids, *weights]
         (out,) = deliver([out], inputs, stream, device)
-    return out
+    return calls, out
 
 
 def _emulated(

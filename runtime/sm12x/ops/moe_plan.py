@@ -94,9 +94,22 @@ class LayerPlan:
 
     def run(self, plan: CallPlan, given: CallArrays, out: Array, stream: int) -> None:
         """Check addresses and launch. Raises as `sm12x.fused_moe` says."""
-        self._check(plan, given, out)
+        addresses = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr, out.ptr
+        if out.readonly or not self.looks_right(plan, *addresses):
+            self._check(plan, given, out)
         if not plan.call.routes.tokens:
             return
+        workspace = None
+        if given.workspace is not None:
+            validate.writable(given.workspace, "workspace")
+            workspace = given.workspace.ptr
+        self.launch(plan, stream, addresses, workspace)
+
+    def launch(
+        self, plan: CallPlan, stream: int, addresses: tuple[int, int, int, int], workspace: int | None
+    ) -> None:
+        """Launch a call of at least one token with the addresses of x, topk_weights, topk_ids and out, which
+        look right, and of the caller's workspace. Raises as `sm12x.fused_moe` says of that."""
         driver.get_device(self.device.ordinal)  # refuses a process that was forked off the layer's
         try:
             chain = plan.chains.pop()
@@ -104,9 +117,8 @@ class LayerPlan:
             chain = self._chain(plan)
         try:
             base = 0
-            if given.workspace is not None:
-                base = self._base(plan, given, out, chain.needed)
-            addresses = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr, out.ptr
+            if workspace is not None:
+                base = self._base(plan, workspace, addresses, chain.needed)
             if chain.context_is_current():
                 self._launch(chain, stream, base, addresses)
             else:
@@ -172,13 +184,12 @@ class LayerPlan:
             print(f"sm12x select: rows of the second GEMM: {apart}", file=sys.stderr)
         return make_chain(self.device, self.layer, self.weights, plan.call, plan.problem, choice)
 
-    def _check(self, plan: CallPlan, given: CallArrays, out: Array) -> None:
-        """The rules for a call's addresses. The first lines find a sign of trouble; the rest says which."""
-        x, weights, ids = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr
-        to, end = out.ptr, out.ptr + plan.span_out
+    def looks_right(self, plan: CallPlan, x: int, weights: int, ids: int, to: int) -> bool:
+        """Whether a call's addresses show no sign of trouble; `_check` says which there is."""
+        end = to + plan.span_out
         (w1, w1_end), (w2, w2_end) = self._spans
-        if (
-            not ((x | to) & 15 or weights & 3 or ids & plan.ids_mask or out.readonly)
+        return bool(
+            not ((x | to) & 15 or weights & 3 or ids & plan.ids_mask)
             and x
             and to
             and weights
@@ -186,8 +197,11 @@ class LayerPlan:
             and (to >= x + plan.span_x or x >= end)
             and (to >= w1_end or w1 >= end)
             and (to >= w2_end or w2 >= end)
-        ):
-            return
+        )
+
+    def _check(self, plan: CallPlan, given: CallArrays, out: Array) -> None:
+        """The rules for a call's addresses."""
+        x, weights, ids, to = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr, out.ptr
         validate.writable(out, "out")
         if not plan.call.routes.tokens:
             return
@@ -202,17 +216,13 @@ class LayerPlan:
         )
         check_overlap("out", to, plan.call.out, (("x", x, plan.call.x), *self._matrices))
 
-    def _base(self, plan: CallPlan, given: CallArrays, out: Array, needed: int) -> int:
+    def _base(self, plan: CallPlan, workspace: int, addresses: tuple[int, int, int, int], needed: int) -> int:
         """Where in the caller's workspace we begin."""
-        workspace = given.workspace
-        if workspace is None:
-            raise TypeError("workspace: expected an array, got None")
-        validate.writable(workspace, "workspace")
         enough = "FusedMoE.workspace_size gives how many"
-        base = workspace_base(workspace.ptr, plan.call.workspace_bytes or 0, needed, enough)
-        check_present((("workspace", workspace.ptr),))
-        others = (("x", given.x.ptr, plan.call.x), ("out", out.ptr, plan.call.out), *self._matrices)
-        check_workspace(base, needed, others)
+        base = workspace_base(workspace, plan.call.workspace_bytes or 0, needed, enough)
+        check_present((("workspace", workspace),))
+        x, _, _, out = addresses
+        check_workspace(base, needed, (("x", x, plan.call.x), ("out", out, plan.call.out), *self._matrices))
         return base
 
 

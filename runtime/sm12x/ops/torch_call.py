@@ -18,8 +18,9 @@ from .packed import PackedPlan, suspicious
 MAX_CALLS = 4096
 # Calls of the same shape of out and the same options that differ otherwise, as in K, strides or devices.
 MAX_ALIKE = 8
+Guard = Callable[..., bool]
 # The guard of its tensors, its plan, what launches it, and what gives torch's current stream on a device.
-_Known = tuple[Callable[..., bool], PackedPlan, Callable[..., None], Callable[[int], int]]
+_Known = tuple[Guard, PackedPlan, Callable[..., None], Callable[[int], int]]
 _calls: dict[Any, tuple[_Known, ...]] = {}
 _tensor_types: set[type] = set()  # of remembered calls; guards compare them by address, so they live on
 driver.clear_after_fork(_calls)
@@ -114,21 +115,31 @@ def run_known_torch_call(
     return None
 
 
-def remember_torch_call(plan: PackedPlan, missed: Missed) -> None:
-    """Keep the plan of a call that was just checked in full, where all arrays are tensors (or parameters)."""
-    key, tensors = missed
+def make_guard(tensors: tuple[Any, ...]) -> tuple[Guard, Callable[[int], int]] | None:
+    """What tells whether other tensors are like these in all but their addresses, and what gives torch's
+    current stream on a device. None where not all are tensors (or parameters), or one is two arguments. The
+    guard may not be asked about nested tensors.
+    """
     torch = sys.modules["torch"]
-    if plan.launches is None or not tensors or not all(isinstance(each, torch.Tensor) for each in tensors):
-        return
+    if not tensors or not all(isinstance(each, torch.Tensor) for each in tensors):
+        return None
     try:
         get_stream = torch._C._cuda_getCurrentRawStream
         guards = torch._C._dynamo.guards.TensorGuards
         check = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         _tensor_types.update(map(type, tensors))
-        if not check(*tensors):  # one tensor is two arguments
-            return
+        return (check, get_stream) if check(*tensors) else None
     except (AttributeError, TypeError, RuntimeError):
-        return  # a torch without them: its public ways cost more than this saves
+        return None  # a torch without them: its public ways cost more than this saves
+
+
+def remember_torch_call(plan: PackedPlan, missed: Missed) -> None:
+    """Keep the plan of a call that was just checked in full."""
+    key, tensors = missed
+    made = None if plan.launches is None else make_guard(tensors)
+    if plan.launches is None or made is None:
+        return
+    check, get_stream = made
     alike = _calls.get(key, ())
     if not alike and len(_calls) >= MAX_CALLS:
         _calls.clear()

@@ -125,12 +125,7 @@ class LayerGemm {
   // All stages of a CTA are as long as the largest piece of either GEMM.
   __device__ static Stages set_stages(SharedMemory& shared, Ring& ring, PackedWork const& piece,
                                       uint32_t stages_of_boxes) {
-    Stages stages;
-    stages.first = arch::shared_address(shared.stages);
-    stages.weight_bytes = piece.largest_piece * Up::kBoxBytes;
-    stages.bytes = stages.weight_bytes + Up::kTokenBytes;
-    ring.set_stages(__shfl_sync(0xffffffffu, stages_of_boxes, piece.largest_piece - 1));
-    return stages;
+    return Up::set_stages(shared.stages, ring, piece, stages_of_boxes);
   }
 
   // The next share, in lane 0.
@@ -152,14 +147,6 @@ class LayerGemm {
         }
       }
     }
-  }
-
-  __device__ static void put(Queue& queue, typename Queue::State& at, Work const& work) {
-    if (cute::elect_one_sync()) {
-      queue.put(at, work);
-    }
-    __syncwarp();
-    queue.advance(at);
   }
 
   // Warp 0. As PackedGemm::start and load_all_weights, but for shares that it claims.
@@ -218,7 +205,7 @@ class LayerGemm {
           schedule.next(following.piece);
           goes_on = __any_sync(0xffffffffu, following.piece.group >= 0);
           if (has_work && goes_on) {
-            put(queue, at, following);
+            queue.hand_on(at, following);
           }
           if (has_work) {
             load_weights(gemm, phase, ring, stages, work.piece, middle, work.piece.k_end, loaded,
@@ -233,7 +220,7 @@ class LayerGemm {
     Work none = {};
     none.piece.group = -1;
     none.piece.largest_piece = 1;
-    put(queue, at, none);
+    queue.hand_on(at, none);
     leave(params);
   }
 
@@ -312,11 +299,8 @@ class LayerGemm {
       Stages const stages = set_stages(shared, ring, piece, stages_of_boxes);
       sm12x_packed_params const& gemm = gemm_of(params, work.phase);
       bool const holds = gemm.k <= Feed::kHeldTiles * kTileK;
-      if (__any_sync(0xffffffffu,
-                     piece.group != group || piece.row != first_row || work.phase != phase)) {
-        if (__any_sync(0xffffffffu, work.phase != phase)) {
-          wait_for_up(params, front.tiles);
-        }
+      bool const needs_h = __any_sync(0xffffffffu, work.phase != phase);
+      if (needs_h || __any_sync(0xffffffffu, piece.group != group || piece.row != first_row)) {
         group = piece.group;
         first_row = piece.row;
         phase = work.phase;
@@ -331,6 +315,9 @@ class LayerGemm {
           if (knows_scales) {
             scale[pass] = front.token_scale[of_pass];
           }
+        }
+        if (needs_h) {
+          wait_for_up(params, front.tiles);
         }
         if (holds) {
           feed.template hold<Element>(piece.rows, from, gemm.k, held, scale);
@@ -531,18 +518,9 @@ class LayerGemm {
         arch::prefetch_tensor_map(&params.up.gemm.map_b[map]);
         arch::prefetch_tensor_map(&params.down.map_b[map]);
       }
-#pragma unroll
-      for (int group = 0; group < MmaGroups; ++group) {
-        shared.front.turn[group].init(kGroupWarps);
-      }
-      ring.init(1 + Up::kTokensWarps, kGroupWarps);
-      Queue(shared.front.queue).init(Up::kTokensWarps + Up::kMmaWarps);
+      Up::init_barriers(shared.front.turn, ring, Queue(shared.front.queue), Up::kTokensWarps);
     }
-    // Lane l knows how many stages of l + 1 boxes fit: no division once the work is known.
-    uint32_t stages_of_boxes = min((arch::dynamic_shared_bytes() - kFrontBytes) /
-                                       ((threadIdx.x % 32 + 1) * Up::kBoxBytes + Up::kTokenBytes),
-                                   uint32_t(kMostStages));
-    arch::keep(stages_of_boxes);
+    uint32_t const stages_of_boxes = Up::stages_of_boxes(kFrontBytes);
     if (warp == Up::kWeightsWarp) {
       shared.front.routes.clear(params.down.num_groups);
     }

@@ -232,7 +232,7 @@ class PackedGemm {
     bool is_first = true;
     // A vote, so that the compiler sees that no warp diverges here.
     while (__any_sync(0xffffffffu, work.group >= 0)) {
-      Stages const stages = set_stages(shared, ring, work, stages_of_boxes);
+      Stages const stages = set_stages(shared.stages, ring, work, stages_of_boxes);
       int const middle = min(work.k_begin + int(ring.stages()), work.k_end);
       load_weights(params, ring, stages, work, work.k_begin, middle, state, [&] {
         if (is_first) {
@@ -245,34 +245,47 @@ class PackedGemm {
       }
       PackedWork following;
       schedule.next(following);
-      put(queue, at, following);
+      queue.hand_on(at, following);
       load_weights(params, ring, stages, work, middle, work.k_end, state, [] {});
       work = following;
     }
     if (is_first) {
-      put(queue, at, work);
+      queue.hand_on(at, work);
     }
-  }
-
-  __device__ static void put(Queue& queue, typename Queue::State& at, PackedWork const& work) {
-    if (cute::elect_one_sync()) {
-      queue.put(at, work);
-    }
-    __syncwarp();
-    queue.advance(at);
   }
 
   // A stage is as long as the CTA's largest piece: short pieces have more of them.
-  __device__ static Stages set_stages(SharedMemory& shared, Ring& ring, PackedWork const& work,
+  __device__ static Stages set_stages(char const* first, Ring& ring, PackedWork const& work,
                                       uint32_t stages_of_boxes) {
     uint32_t const boxes = Config::kSwapAb ? work.largest_piece : 1;
     Stages stages;
-    stages.first = arch::shared_address(shared.stages);
+    stages.first = arch::shared_address(first);
     stages.weight_bytes = boxes * kBoxBytes;
     stages.bytes = stages.weight_bytes + kTokenBytes;
     ring.set_stages(Config::kSwapAb ? __shfl_sync(0xffffffffu, stages_of_boxes, boxes - 1)
                                     : kStages);
     return stages;
+  }
+
+  // In lane l how many stages of l + 1 boxes fit behind the front: no division once the work is known.
+  __device__ static uint32_t stages_of_boxes(uint32_t front_bytes) {
+    uint32_t stages = min((arch::dynamic_shared_bytes() - front_bytes) /
+                              ((threadIdx.x % 32 + 1) * kBoxBytes + kTokenBytes),
+                          uint32_t(kMostStages));
+    arch::keep(stages);
+    return stages;
+  }
+
+  // One thread, before the CTA's first barrier. Fillers: arrivals at a stage besides the weights'.
+  template <class Queue>
+  __device__ static void init_barriers(typename Ring::EmptyBarrier (&turns)[Config::kMmaGroups],
+                                       Ring& ring, Queue queue, uint32_t fillers) {
+#pragma unroll
+    for (int group = 0; Config::kMmaGroups > 1 && group < Config::kMmaGroups; ++group) {
+      turns[group].init(kGroupWarps);
+    }
+    ring.init(1 + fillers, kGroupWarps);
+    queue.init(kTokensWarps + kMmaWarps);
   }
 
   __device__ static void load_tokens(Params const& params, Ring& ring, Stages const& stages,
@@ -426,14 +439,10 @@ class PackedGemm {
       // that one's end hides the barriers anyhow.
       start(params, extra, shared, schedule, asked);
     }
-    // Lane l knows how many stages of l + 1 boxes fit: no division once the work is known.
-    uint32_t stages_of_boxes = min((arch::dynamic_shared_bytes() - kFrontBytes) /
-                                       ((threadIdx.x % 32 + 1) * kBoxBytes + kTokenBytes),
-                                   uint32_t(kMostStages));
-    arch::keep(stages_of_boxes);
+    uint32_t const fitting = stages_of_boxes(kFrontBytes);
     __syncthreads();
     auto work_on = [&](auto roles) {
-      work<decltype(roles)::value>(params, extra, shared, ring, schedule, stages_of_boxes, warp);
+      work<decltype(roles)::value>(params, extra, shared, ring, schedule, fitting, warp);
     };
     if constexpr (!kMovesRegisters) {
       work_on(cute::Int<kAllRoles>{});
@@ -466,12 +475,8 @@ class PackedGemm {
       if (!gathers && !kQuantisesRows) {
         arch::prefetch_tensor_map(&params.map_a);
       }
-#pragma unroll
-      for (int group = 0; Config::kMmaGroups > 1 && group < Config::kMmaGroups; ++group) {
-        shared.front.turn[group].init(kGroupWarps);
-      }
-      ring.init(1 + (gathers ? 32 : kTokensWarps), kGroupWarps);
-      Queue(shared.front.queue).init(kTokensWarps + kMmaWarps);
+      init_barriers(shared.front.turn, ring, Queue(shared.front.queue),
+                    gathers ? 32 : kTokensWarps);
     }
   }
 
@@ -510,7 +515,7 @@ class PackedGemm {
       if (__any_sync(0xffffffffu, work.group < 0)) {
         break;
       }
-      Stages const stages = set_stages(shared, ring, work, stages_of_boxes);
+      Stages const stages = set_stages(shared.stages, ring, work, stages_of_boxes);
       if (Roles != kMma && mma_warp < 0) {
         if constexpr (kQuantisesRows) {
           Operation::load_rows(Rows(warp - kTokensWarp), extra, ring, work, state, held,

@@ -36,6 +36,15 @@ class WorkQueue {
   }
   __device__ void advance(State& at) const { ring_.advance(at); }
 
+  /// Both, by a whole warp.
+  __device__ void hand_on(State& at, Work const& work) {
+    if (cute::elect_one_sync()) {
+      put(at, work);
+    }
+    __syncwarp();
+    advance(at);
+  }
+
   /// Each reader, a whole warp. `at` begins at State{}.
   __device__ Work take(State& at) {
     ring_.wait_full(at);
