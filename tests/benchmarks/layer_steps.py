@@ -17,12 +17,13 @@ from sm12x.validation import shapes
 
 
 def chain_of(layer: Any, batch: LayerBatch, workspace: Any, stream: int) -> tuple[Any, Any, Any]:
-    """The prepared launches of a call that ran before, its arrays, and where its workspace begins."""
+    """The prepared launches of a call that ran before, its addresses, and where its workspace begins."""
     plan = layer._plan
     _, given, _ = take_call_arrays(batch.x, batch.topk_weights, batch.topk_ids, batch.out, workspace, stream)
     calls = plan.take(given)
     chain = calls.chains[-1]
-    return chain, given, plan._base(calls, given, given.out, chain.needed)
+    addresses = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr, given.out.ptr
+    return chain, addresses, plan.base_in(given.workspace.ptr, calls, addresses, chain.needed)
 
 
 def step_names(layer: Any, batch: LayerBatch, workspace: Any, stream: int) -> list[str]:
@@ -38,7 +39,7 @@ def step_calls(
 
     def one(r: int, s: int) -> Call:
         batch = batches[r]
-        chain, given, base = chain_of(layers[s], batch, workspaces[r], stream)
+        chain, addresses, base = chain_of(layers[s], batch, workspaces[r], stream)
 
         def call() -> None:
             steps = chain.steps
@@ -46,9 +47,7 @@ def step_calls(
             chain._base = chain._stream = -1
             try:
                 with driver.current(layers[s]._plan.device):
-                    chain.run(
-                        stream, base, given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr, given.out.ptr
-                    )
+                    chain.run(stream, base, *addresses)
             finally:
                 chain.steps = steps
                 chain._base = chain._stream = -1

@@ -118,7 +118,7 @@ class LayerPlan:
         try:
             base = 0
             if workspace is not None:
-                base = self._base(plan, workspace, addresses, chain.needed)
+                base = self.base_in(workspace, plan, addresses, chain.needed)
             if chain.context_is_current():
                 self._launch(chain, stream, base, addresses)
             else:
@@ -216,8 +216,11 @@ class LayerPlan:
         )
         check_overlap("out", to, plan.call.out, (("x", x, plan.call.x), *self._matrices))
 
-    def _base(self, plan: CallPlan, workspace: int, addresses: tuple[int, int, int, int], needed: int) -> int:
-        """Where in the caller's workspace we begin."""
+    def base_in(
+        self, workspace: int, plan: CallPlan, addresses: tuple[int, int, int, int], needed: int
+    ) -> int:
+        """Where in the caller's workspace a call with these addresses begins. Raises as `sm12x.fused_moe`
+        says."""
         enough = "FusedMoE.workspace_size gives how many"
         base = workspace_base(workspace, plan.call.workspace_bytes or 0, needed, enough)
         check_present((("workspace", workspace),))
