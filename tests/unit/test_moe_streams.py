@@ -226,7 +226,12 @@ def test_jax_arrays_are_handed_over_on_both_sides(fake, monkeypatch, which):
         del call["out"]
         call = of_jax(fake, call)
     layer = make(given)
-    for use in (lambda: run(layer, call), lambda: run_function(given, call)):
+    by_plan = lambda: run(layer, call)  # noqa: E731
+    for use in (
+        by_plan,
+        by_plan,
+        lambda: run_function(given, call),
+    ):  # a call like one before is no different
         fake.log.clear()
         out = use()
         ours = {each.stream for each in fake.launches[-4:]}

@@ -10,7 +10,7 @@ from . import emulated, moe_validate, validate
 from .arguments import device_of
 from .fused_moe import fused_moe, run_layer, take_call_arrays, take_layer_arrays
 from .moe_plan import LayerPlan
-from .torch_layer_call import KnownCalls, remember, run_known
+from .torch_layer_call import remember, run_known
 
 
 class FusedMoE:
@@ -71,7 +71,6 @@ class FusedMoE:
         self._backend = "emulator" if emulated.wanted(backend) else "auto"
         self._plan: LayerPlan | None = None
         self._inputs: list[Array] = []
-        self._known: KnownCalls = {}
         framework = framework_of(w1, "w1")
         if self._backend == "emulator" or framework == "numpy":
             arrays, options = take_layer_arrays(w1, w2, self._layer, 0)
@@ -107,12 +106,12 @@ class FusedMoE:
                 backend=self._backend,
             )
         fresh = stream is None and out is not None
-        if fresh and run_known(self._plan, self._known, x, topk_weights, topk_ids, out, workspace):
+        if fresh and run_known(self._plan, x, topk_weights, topk_ids, out, workspace):
             return out
         handle, given, device = take_call_arrays(x, topk_weights, topk_ids, out, workspace, stream)
         plan, result = run_layer(self._plan, given, out, handle, device, self._inputs)
-        if fresh and given.x.framework == "torch" and plan.call.routes.tokens:
-            remember(self._known, plan, x, topk_weights, topk_ids, out, workspace)
+        if fresh and given.x.framework == "torch":
+            remember(self._plan, plan, x, topk_weights, topk_ids, out, workspace)
         return result
 
     def workspace_size(self, tokens: int, top_k: int, dtype: Any = "bfloat16") -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from .moe_whole import make_whole
 from .moe_workspace import lay_out
 from .row_layout import whole
 from .scratch import block_of
+from .torch_call import Guard
 from .validate import Matrix
 
 MOST_CALLS = 256  # numbers of tokens, and the like, that a layer keeps launches for
@@ -47,9 +49,10 @@ class CallPlan:
 
 
 class LayerPlan:
-    """A validated layer on its device. Holds addresses, but keeps no array alive."""
+    """A validated layer on its device. Holds addresses, but keeps no array alive. `known`: calls on torch
+    tensors that a guard knows again (torch_layer_call.py): it, the plan, what gives the current stream."""
 
-    __slots__ = ("_calls", "_matrices", "_spans", "device", "layer", "weights")
+    __slots__ = ("_calls", "_matrices", "_spans", "device", "known", "layer", "weights")
 
     def __init__(self, weights: LayerArrays, options: LayerOptions) -> None:
         """Raises as `sm12x.fused_moe` says."""
@@ -62,6 +65,7 @@ class LayerPlan:
         self._matrices = _matrices(weights, self.layer)
         self._spans = tuple((address, address + matrix.span) for _, address, matrix in self._matrices)
         self._calls: dict[Any, CallPlan] = {}
+        self.known: dict[Any, tuple[tuple[Guard, CallPlan, Callable[[int], int]], ...]] = {}
 
     def take(self, given: CallArrays) -> CallPlan:
         """The plan for calls like this one. Raises as `sm12x.fused_moe` says."""
@@ -96,6 +100,7 @@ class LayerPlan:
         )
         if len(self._calls) >= MOST_CALLS:
             self._calls.clear()
+            self.known.clear()  # or it would keep what goes here
         self._calls[key] = plan
         return plan
 

@@ -4,31 +4,20 @@ it made before, known again by a guard as in torch_call.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from .moe_plan import CallPlan, LayerPlan
-from .torch_call import MAX_ALIKE, Guard, make_guard
-
-MAX_CALLS = 1024  # shapes that a layer remembers
-
-# The guard of a call's tensors, its plan, and what gives torch's current stream on a device.
-_Known = tuple[Guard, CallPlan, Callable[[int], int]]
-# By what is quickly compared; of a layer, so that they go when it does.
-KnownCalls = dict[Any, tuple[_Known, ...]]
+from .torch_call import MAX_ALIKE, make_guard
 
 
-def run_known(
-    layer: LayerPlan, known: KnownCalls, x: Any, topk_weights: Any, topk_ids: Any, out: Any, workspace: Any
-) -> bool:
+def run_known(layer: LayerPlan, x: Any, topk_weights: Any, topk_ids: Any, out: Any, workspace: Any) -> bool:
     """Launch the call on torch's current stream where one like it is known; else, or where an address needs a
     closer look, do nothing and return False. Raises what `LayerPlan.launch` raises."""
     try:
-        alike = known.get((x.shape, workspace is None))
-        # A guard ends the process at a strided nested tensor.
+        alike = layer.known.get((x.shape, workspace is None))
+        # A guard ends the process at a strided nested tensor, which has no strides. `x.shape` raises there.
         if (
             alike is None
-            or x.is_nested
             or topk_weights.is_nested
             or topk_ids.is_nested
             or out.is_nested
@@ -55,16 +44,16 @@ def run_known(
 
 
 def remember(
-    known: KnownCalls, plan: CallPlan, x: Any, topk_weights: Any, topk_ids: Any, out: Any, workspace: Any
+    layer: LayerPlan, plan: CallPlan, x: Any, topk_weights: Any, topk_ids: Any, out: Any, workspace: Any
 ) -> None:
-    """Keep the plan of a call that was just checked in full; nothing where not all arrays are torch's."""
+    """Keep the plan of a call that was just checked in full, where nothing but launches is to be done for it
+    and all arrays are torch's."""
+    if plan.hand_over or not plan.call.routes.tokens:
+        return
     tensors = x, topk_weights, topk_ids, out
     made = make_guard(tensors if workspace is None else (*tensors, workspace))
     if made is None:
         return
     check, get_stream = made
     key = x.shape, workspace is None
-    alike = known.get(key, ())
-    if not alike and len(known) >= MAX_CALLS:
-        known.clear()
-    known[key] = ((check, plan, get_stream), *alike[: MAX_ALIKE - 1])
+    layer.known[key] = ((check, plan, get_stream), *layer.known.get(key, ())[: MAX_ALIKE - 1])
