@@ -28,8 +28,8 @@ enum sm12x_activation {
  * num_groups).
  *
  * With topk_ids the weights are loaded before the grid in front has ended: the offsets, which that one may
- * still be writing, are counted from the routes themselves, of SM12X_MOST_COUNTED_EXPERTS experts at most. The
- * ids and the map must be there before the grid in front lets dependents begin. */
+ * still be writing, are counted from the routes themselves, of SM12X_MOST_COUNTED_EXPERTS experts and 65,535
+ * routes at most. The ids and the map must be there before the grid in front lets dependents begin. */
 #define SM12X_MOST_COUNTED_EXPERTS 256
 
 typedef struct sm12x_up_params {

@@ -56,6 +56,7 @@ class LayerGemm {
   static constexpr int kStrip = LayerOperation::kStrip;
   static_assert(Down::kBoxFeatures == kBoxFeatures && Down::kWeightMaps == kWeightMaps);
   static_assert(Up::kMovesRegisters && MmaGroups == 2 && kStrip == kBoxFeatures);
+  static_assert(SM12X_LAYER_ROUTES < 1 << 16, "as GroupWalker counts them");
 
   using Schedule = typename Up::Schedule;
   using Stages = typename Up::Stages;
@@ -91,6 +92,7 @@ class LayerGemm {
     typename Queue::Storage queue;
     typename Ring::Storage ring;
     typename Ring::EmptyBarrier turn[MmaGroups];
+    typename Up::FittingStages fitting;
     RouteCounter routes;
     Rows rows[kLists];
     int16_t expert[SM12X_LAYER_ROUTES];  // local one of each route, or -1
@@ -123,9 +125,8 @@ class LayerGemm {
   }
 
   // All stages of a CTA are as long as the largest piece of either GEMM.
-  __device__ static Stages set_stages(SharedMemory& shared, Ring& ring, PackedWork const& piece,
-                                      uint32_t stages_of_boxes) {
-    return Up::set_stages(shared.stages, ring, piece, stages_of_boxes);
+  __device__ static Stages set_stages(SharedMemory& shared, Ring& ring, PackedWork const& piece) {
+    return Up::set_stages(shared.stages, ring, piece, shared.front.fitting);
   }
 
   // The next share, in lane 0.
@@ -150,12 +151,14 @@ class LayerGemm {
   }
 
   // Warp 0. As PackedGemm::start and load_all_weights, but for shares that it claims.
-  __device__ static void find_work(Params const& params, SharedMemory& shared, Ring& ring,
-                                   uint32_t stages_of_boxes) {
+  __device__ static void find_work(Params const& params, SharedMemory& shared, Ring& ring) {
     Front& front = shared.front;
     uint32_t* const state = state_of(params);
     uint32_t share = claim(state + kShares);
-    front.routes.count(params.up, params.down.num_groups, RouteCounter::request(params.up, 0),
+    RouteCounter::Ids const asked = RouteCounter::request(params.up, 0);
+    Cuts cuts;
+    cuts.prepare();
+    front.routes.count(params.up, params.down.num_groups, asked,
                        [&](int route, int expert) { front.expert[route] = int16_t(expert); });
     share = from_first_lane(share);
     Queue queue(front.queue);
@@ -165,13 +168,13 @@ class LayerGemm {
 #pragma unroll 1
     for (int phase = 0; phase < 2; ++phase) {
       sm12x_packed_params const& gemm = gemm_of(params, phase);
-      Schedule schedule(gemm);
-      schedule.read_bounds(front.routes.offsets, false);
+      Schedule schedule(gemm, cuts);
+      schedule.read_counts(front.routes.counts);
       if (phase == 0) {
         front.tiles = schedule.tiles();
         // Half the lanes for either GEMM.
         int const n = threadIdx.x % 2 == 0 ? params.up.gemm.n : params.down.n;
-        boxes = Schedule::largest_piece_of_all(schedule.tiles(), (n + kStrip - 1) / kStrip);
+        boxes = schedule.largest_piece_of_all((n + kStrip - 1) / kStrip);
         boxes = max(boxes, __shfl_xor_sync(0xffffffffu, boxes, 1));
       } else {
         share = from_first_lane(claim(state + kShares + 1));
@@ -187,7 +190,7 @@ class LayerGemm {
 #pragma unroll 1
         for (bool goes_on = true; goes_on;) {
           work.piece.largest_piece = boxes;
-          Stages const stages = set_stages(shared, ring, work.piece, stages_of_boxes);
+          Stages const stages = set_stages(shared, ring, work.piece);
           int const middle = min(int(ring.stages()), work.piece.k_end);
           if (has_work) {
             load_weights(gemm, phase, ring, stages, work.piece, 0, middle, loaded, [&] {
@@ -241,7 +244,7 @@ class LayerGemm {
                                     int warp) {
     int const lane = threadIdx.x % 32;
     int16_t (&found)[kTokens] = front.found[warp];
-    int seen = front.routes.offsets[piece.group] - piece.row;  // less than 0: in front of the piece
+    int seen = -piece.row;  // less than 0: in front of the piece
 #pragma unroll 1
     for (int first = 0; first < params.up.routes; first += 32) {
       bool const mine =
@@ -261,17 +264,17 @@ class LayerGemm {
 
   // Warps 1 and 2.
   __device__ static void feed_rows(Params const& params, SharedMemory& shared, Ring& ring,
-                                   uint32_t stages_of_boxes, int warp) {
+                                   int warp) {
     if (params.type == SM12X_OUT_BFLOAT16) {
-      feed_rows_as<__nv_bfloat16>(params, shared, ring, stages_of_boxes, warp);
+      feed_rows_as<__nv_bfloat16>(params, shared, ring, warp);
     } else {
-      feed_rows_as<__half>(params, shared, ring, stages_of_boxes, warp);
+      feed_rows_as<__half>(params, shared, ring, warp);
     }
   }
 
   template <class Element>
   __device__ static void feed_rows_as(Params const& params, SharedMemory& shared, Ring& ring,
-                                      uint32_t stages_of_boxes, int warp) {
+                                      int warp) {
     Front& front = shared.front;
     int const lane = threadIdx.x % 32;
     Queue queue(front.queue);
@@ -296,7 +299,7 @@ class LayerGemm {
       if (__any_sync(0xffffffffu, piece.group < 0)) {
         break;
       }
-      Stages const stages = set_stages(shared, ring, piece, stages_of_boxes);
+      Stages const stages = set_stages(shared, ring, piece);
       sm12x_packed_params const& gemm = gemm_of(params, work.phase);
       bool const holds = gemm.k <= Feed::kHeldTiles * kTileK;
       bool const needs_h = __any_sync(0xffffffffu, work.phase != phase);
@@ -389,7 +392,7 @@ class LayerGemm {
 
   // MMA warps.
   __device__ static void multiply(Params const& params, SharedMemory& shared, Ring& ring,
-                                  uint32_t stages_of_boxes, int mma_warp) {
+                                  int mma_warp) {
     Front& front = shared.front;
     int const group = mma_warp / kGroupWarps;
     Queue queue(front.queue);
@@ -403,7 +406,7 @@ class LayerGemm {
       if (__any_sync(0xffffffffu, piece.group < 0)) {
         break;
       }
-      Stages const stages = set_stages(shared, ring, piece, stages_of_boxes);
+      Stages const stages = set_stages(shared, ring, piece);
       if (turn % MmaGroups != group) {
         ring.advance(state, piece.k_end);
         continue;
@@ -511,6 +514,8 @@ class LayerGemm {
   __device__ static void body(Params const& params, SharedMemory& shared) {
     int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     int const mma_warp = warp - Up::kProducerWarps;
+    uint32_t bytes = arch::dynamic_shared_bytes();  // by all warps, as in PackedGemm
+    arch::keep(bytes);
     Ring ring(shared.front.ring);
     if (warp == Up::kTokensWarp && cute::elect_one_sync()) {
 #pragma unroll
@@ -520,7 +525,9 @@ class LayerGemm {
       }
       Up::init_barriers(shared.front.turn, ring, Queue(shared.front.queue), Up::kTokensWarps);
     }
-    uint32_t const stages_of_boxes = Up::stages_of_boxes(kFrontBytes);
+    if (warp == Up::kTokensWarp + 1) {
+      Up::find_fitting(bytes - kFrontBytes, shared.front.fitting);
+    }
     if (warp == Up::kWeightsWarp) {
       shared.front.routes.clear(params.down.num_groups);
     }
@@ -531,13 +538,13 @@ class LayerGemm {
     }
     if (mma_warp >= 0) {
       cutlass::arch::warpgroup_reg_alloc<Up::kMmaRegisters>();
-      multiply(params, shared, ring, stages_of_boxes, mma_warp);
+      multiply(params, shared, ring, mma_warp);
     } else {
       cutlass::arch::warpgroup_reg_dealloc<Up::kProducerRegisters>();
       if (warp == Up::kWeightsWarp) {
-        find_work(params, shared, ring, stages_of_boxes);
+        find_work(params, shared, ring);
       } else if (warp < Up::kTokensWarp + Up::kTokensWarps) {
-        feed_rows(params, shared, ring, stages_of_boxes, warp - Up::kTokensWarp);
+        feed_rows(params, shared, ring, warp - Up::kTokensWarp);
       }
     }
   }

@@ -133,10 +133,14 @@ class PackedGemm {
   using Queue = WorkQueue<PackedWork, 4>;
   // Barriers and work lie in front of the stages. A launch may bring more shared memory than this, which a device
   // with more of it then fills with stages.
+  struct FittingStages {
+    uint32_t of_boxes[kBoxes];  // how many stages of i + 1 boxes fit behind the front
+  };
   struct Front {
     typename Queue::Storage queue;
     typename Ring::Storage ring;
     typename Ring::EmptyBarrier turn[Config::kMmaGroups];  // of a group's main loop
+    FittingStages fitting;
     typename Operation::Shared of_operation;
   };
   static constexpr int kFrontBytes = (int(sizeof(Front)) + 1023) / 1024 * 1024;
@@ -223,7 +227,7 @@ class PackedGemm {
   // on the way, because the MMA warps cannot use it before that has arrived; all others while the loads of the
   // one in front are, because with a row index the tokens warp has to look up its rows.
   __device__ static void load_all_weights(Params const& params, SharedMemory& shared, Ring& ring,
-                                          Schedule& schedule, uint32_t stages_of_boxes) {
+                                          Schedule& schedule) {
     Queue queue(shared.front.queue);
     typename Queue::State at = Queue::Ring::producer_start();
     State state = Ring::producer_start();
@@ -232,7 +236,7 @@ class PackedGemm {
     bool is_first = true;
     // A vote, so that the compiler sees that no warp diverges here.
     while (__any_sync(0xffffffffu, work.group >= 0)) {
-      Stages const stages = set_stages(shared.stages, ring, work, stages_of_boxes);
+      Stages const stages = set_stages(shared.stages, ring, work, shared.front.fitting);
       int const middle = min(work.k_begin + int(ring.stages()), work.k_end);
       load_weights(params, ring, stages, work, work.k_begin, middle, state, [&] {
         if (is_first) {
@@ -256,24 +260,23 @@ class PackedGemm {
 
   // A stage is as long as the CTA's largest piece: short pieces have more of them.
   __device__ static Stages set_stages(char const* first, Ring& ring, PackedWork const& work,
-                                      uint32_t stages_of_boxes) {
+                                      FittingStages const& fitting) {
     uint32_t const boxes = Config::kSwapAb ? work.largest_piece : 1;
     Stages stages;
     stages.first = arch::shared_address(first);
     stages.weight_bytes = boxes * kBoxBytes;
     stages.bytes = stages.weight_bytes + kTokenBytes;
-    ring.set_stages(Config::kSwapAb ? __shfl_sync(0xffffffffu, stages_of_boxes, boxes - 1)
-                                    : kStages);
+    ring.set_stages(Config::kSwapAb ? fitting.of_boxes[boxes - 1] : kStages);
     return stages;
   }
 
-  // In lane l how many stages of l + 1 boxes fit behind the front: no division once the work is known.
-  __device__ static uint32_t stages_of_boxes(uint32_t front_bytes) {
-    uint32_t stages = min((arch::dynamic_shared_bytes() - front_bytes) /
-                              ((threadIdx.x % 32 + 1) * kBoxBytes + kTokenBytes),
-                          uint32_t(kMostStages));
-    arch::keep(stages);
-    return stages;
+  // A whole warp, before the CTA's first barrier: no division once the work is known. Bytes: behind the front.
+  __device__ static void find_fitting(uint32_t bytes, FittingStages& fitting) {
+    uint32_t const lane = threadIdx.x % 32;
+    if (lane < kBoxes) {
+      fitting.of_boxes[lane] =
+          min(bytes / ((lane + 1) * kBoxBytes + kTokenBytes), uint32_t(kMostStages));
+    }
   }
 
   // One thread, before the CTA's first barrier. Fillers: arrivals at a stage besides the weights'.
@@ -429,20 +432,27 @@ class PackedGemm {
     if (kFindsEarly && warp == kWeightsWarp) {
       asked = Operation::ask(extra);
     }
+    // By all warps: those that release stages need it too (arch::zero_once_known), and would look it up each time.
+    uint32_t bytes = arch::dynamic_shared_bytes();
+    arch::keep(bytes);
     Ring ring(shared.front.ring);
     if (warp == kTokensWarp) {
+      find_fitting(bytes - kFrontBytes, shared.front.fitting);
       make_barriers(params, shared, ring, gathers);
     }
-    Schedule schedule(params);
+    Cuts cuts;
+    if (warp == kWeightsWarp) {
+      cuts.prepare();
+    }
+    Schedule schedule(params, cuts);
     if (kFindsEarly && warp == kWeightsWarp) {
       // Bounds are on their way while another warp makes the barriers. Where they may come from the grid in front,
       // that one's end hides the barriers anyhow.
       start(params, extra, shared, schedule, asked);
     }
-    uint32_t const fitting = stages_of_boxes(kFrontBytes);
     __syncthreads();
     auto work_on = [&](auto roles) {
-      work<decltype(roles)::value>(params, extra, shared, ring, schedule, fitting, warp);
+      work<decltype(roles)::value>(params, extra, shared, ring, schedule, warp);
     };
     if constexpr (!kMovesRegisters) {
       work_on(cute::Int<kAllRoles>{});
@@ -459,8 +469,8 @@ class PackedGemm {
   // The weights warp finds out what the CTA's work is.
   __device__ static void start(Params const& params, Extra const& extra, SharedMemory& shared,
                                Schedule& schedule, typename Operation::Asked const& asked) {
-    void const* const bounds = Operation::bounds(params, extra, shared.front.of_operation, asked);
-    schedule.start(bounds, params.bounds_are_64_bit && bounds != &shared.front.of_operation);
+    Operation::read_bounds(params, extra, shared.front.of_operation, asked, schedule);
+    schedule.take(blockIdx.x);
   }
 
   // One warp, of which one thread does it: uniform instructions make mbarriers and fetch maps, and a warp's lanes would
@@ -488,8 +498,10 @@ class PackedGemm {
 
   template <int Roles>
   __device__ static void work(Params const& params, Extra const& extra, SharedMemory& shared,
-                              Ring& ring, Schedule& schedule, uint32_t stages_of_boxes, int warp) {
-    int const mma_warp = warp - kProducerWarps;
+                              Ring& ring, Schedule& schedule, int warp) {
+    // Masked where it cannot be negative: knowing that spares large tiles a register.
+    static_assert(!kMovesRegisters || kMmaWarps == 8);
+    int const mma_warp = (warp - kProducerWarps) & (Roles == kMma ? 7 : -1);
     if (Roles == kProducers && warp >= kTokensWarp + kTokensWarps) {
       return;
     }
@@ -502,7 +514,7 @@ class PackedGemm {
       if constexpr (!Operation::kLoadsWeightsEarly) {
         start(params, extra, shared, schedule, Operation::ask(extra));
       }
-      load_all_weights(params, shared, ring, schedule, stages_of_boxes);
+      load_all_weights(params, shared, ring, schedule);
       return;
     }
     using Rows = QuantisedRows<Tile, kTokens, kTileK, kTokensWarps>;
@@ -515,7 +527,7 @@ class PackedGemm {
       if (__any_sync(0xffffffffu, work.group < 0)) {
         break;
       }
-      Stages const stages = set_stages(shared.stages, ring, work, stages_of_boxes);
+      Stages const stages = set_stages(shared.stages, ring, work, shared.front.fitting);
       if (Roles != kMma && mma_warp < 0) {
         if constexpr (kQuantisesRows) {
           Operation::load_rows(Rows(warp - kTokensWarp), extra, ring, work, state, held,
@@ -526,7 +538,7 @@ class PackedGemm {
           load_tokens(params, ring, stages, work, state);
         }
       } else if (Roles != kProducers) {
-        if (turn % Config::kMmaGroups == mma_warp / kGroupWarps) {
+        if (Config::kMmaGroups == 1 || turn % Config::kMmaGroups == mma_warp / kGroupWarps) {
           // The first group's first turn is there from the start.
           uint32_t const phase =
               turn / Config::kMmaGroups + (turn % Config::kMmaGroups == 0 ? 1 : 0);

@@ -28,16 +28,16 @@ struct PlainOperation {
   template <class>
   struct HeldRows {};
 
-  // What the warp that finds the work asks for first of all, and then where the bounds are. A whole warp.
+  // What the warp that finds the work asks for first of all, and then tells the schedule. A whole warp.
   struct Asked {};
   template <class Extra>
   __device__ static Asked ask(Extra const&) {
     return {};
   }
-  template <class Extra>
-  __device__ static void const* bounds(sm12x_packed_params const& params, Extra const&, Shared&,
-                                       Asked const&) {
-    return reinterpret_cast<void const*>(params.bounds);
+  template <class Extra, class Schedule>
+  __device__ static void read_bounds(sm12x_packed_params const& params, Extra const&, Shared&,
+                                     Asked const&, Schedule& schedule) {
+    schedule.read_bounds(reinterpret_cast<void const*>(params.bounds), params.bounds_are_64_bit);
   }
 
   __device__ static void load_weights(void const* map, uint32_t barrier, uint32_t to, int k,
@@ -87,21 +87,23 @@ struct Up : PlainOperation, FirstWeights<Gated> {
   // An activation takes some, whichever way; with these no target spills.
   static constexpr int mma_registers(bool swap_ab, int) { return swap_ab ? 184 : 200; }
   static constexpr bool kLoadsWeightsEarly = true;
-  static constexpr Bounds kBounds = Bounds::kGiven;
+  static constexpr Bounds kBounds = Bounds::kGivenOrCounted;
   using Shared = RouteCounter;
   using FirstWeights<Gated>::load_weights;
 
   using Asked = RouteCounter::Ids;
   __device__ static Asked ask(Extra const& up) { return RouteCounter::request(up, 0); }
-  __device__ static void const* bounds(sm12x_packed_params const& params, Extra const& up,
-                                       Shared& shared, Asked const& asked) {
+  template <class Schedule>
+  __device__ static void read_bounds(sm12x_packed_params const& params, Extra const& up,
+                                     Shared& shared, Asked const& asked, Schedule& schedule) {
     if (up.topk_ids == 0) {
       arch::wait_on_prerequisite_grids();
-      return reinterpret_cast<void const*>(params.bounds);
+      schedule.read_bounds(reinterpret_cast<void const*>(params.bounds), params.bounds_are_64_bit);
+      return;
     }
     shared.clear(params.num_groups);
     shared.count(up, params.num_groups, asked, [](int, int) {});
-    return shared.offsets;
+    schedule.read_counts(shared.counts);
   }
 
   template <bool SwapAb, int AtomsM, int AtomsN, int StepM, int StepN>

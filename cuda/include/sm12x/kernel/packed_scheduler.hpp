@@ -1,8 +1,8 @@
 /// What a CTA of a packed kernel computes.
 ///
-/// Input: bounds on the device (offsets of packed rows, or counts of masked ones), never trusted.
-/// Empty groups have no work. Nothing here writes, waits or uses shared memory: a warp reads the bounds
-/// of 128 groups at once, and all its lanes come to the same answers. They call
+/// Input: bounds on the device (offsets of packed rows, or counts of masked ones), never trusted, or how many
+/// rows each group has, counted by the CTA itself. Empty groups have no work. Nothing here writes or waits: a
+/// warp reads the bounds of 128 groups at once, and all its lanes come to the same answers. They call
 /// everything here together.
 ///
 /// Three schedules. Groups follow each other as they come; T is a group's tiles of tokens.
@@ -18,14 +18,17 @@
 /// Turns count tiles in 64 bits; for the others the host sees to it that units * CTAs < 2^32.
 ///
 /// Between the bounds' arrival and a CTA's first load nothing else happens on the SM, so this code counts
-/// its cycles: no division on the way (about 150 each), all loads before the first use.
+/// its cycles: 5 to 8 for an instruction, because each waits for the one in front. So no division on the way (about
+/// 150), all loads before the first use, and what needs no bounds (Cuts) before they arrive.
 #pragma once
 
 #include <cstdint>
 
 #include <cute/util/type_traits.hpp>
 #include <sm12x/abi_packed.h>
+#include <sm12x/arch/copy.hpp>
 #include <sm12x/arch/math.hpp>
+#include <sm12x/arch/warp.hpp>
 
 namespace sm12x::kernel {
 
@@ -60,14 +63,14 @@ struct alignas(16) PackedWork {
 /// Where bounds come from.
 enum class Bounds {
   kGiven,
-  kFresh,   ///< given, and to be read past L1, which may hold what they were before
-  kCounted  ///< offsets that the CTA itself has made, as int32: they are right
+  kFresh,           ///< given, and to be read past L1, which may hold what they were before
+  kGivenOrCounted,  ///< given, or rows that the CTA itself has counted: groups follow each other
+  kCounted          ///< the same, but rows of each group are numbered from 0
 };
 
 /// Finds groups by a running count of their tiles of tokens; each is `feature_units` units.
 ///
-/// A window is 128 groups: group 32 * i + l is the i-th of lane l. Where every group of the window has one
-/// tile at most, as when tokens are few, four ballots are the running count; else it is a prefix sum.
+/// A window is 128 groups, four neighbours of each lane.
 /// Count: unsigned type that holds the units of all groups.
 template <int TileTokens, class Count, Bounds From>
 class GroupWalker {
@@ -83,18 +86,23 @@ class GroupWalker {
   __device__ GroupWalker(sm12x_packed_params const& params, uint32_t feature_units)
       : params_(params), lane_(threadIdx.x % 32), feature_units_(feature_units) {}
 
-  /// Where the bounds are. Before all else.
+  /// Where the bounds are, or the counts: zeros behind the last group's, up to a whole window. Before all else.
   __device__ void set_bounds(void const* bounds, bool are_64_bit) {
     bounds_ = bounds;
     bounds_are_64_bit_ = are_64_bit;
   }
+  __device__ void set_counts(int32_t const* counts) {
+    counts_ = counts;
+    has_counts_ = true;
+  }
 
   /// Tiles of tokens of all groups. Before the first find().
   __device__ Count total() {
+#pragma unroll 1
     while (next_window()) {
     }
     Count const tiles = window_end_;
-    if (window_ > 0) {
+    if (__builtin_expect(window_ > 0, 0)) {
       restart();
     }
     return tiles;
@@ -102,29 +110,36 @@ class GroupWalker {
 
   /// The group of a unit that is not less than the last one asked for. False where there is none.
   __device__ bool find(Count unit, Group& group) {
-    while (unit >= window_end_ * feature_units_) {
+#pragma unroll 1
+    while (__builtin_expect(unit >= window_end_ * feature_units_, 0)) {
       if (!next_window()) {
         return false;
       }
     }
-    // This lane's groups hold tiles [before[i], before[i] + tiles); one of them holds the unit.
-    uint32_t const in_window = uint32_t(unit - window_start_ * feature_units_);
-    int found = -1;
+    // One lane's groups hold the unit: tiles [before, before + tiles) of the window.
+    uint32_t const units = feature_units_;
+    uint32_t const in_lane = uint32_t(unit - window_start_ * units) - before_ * units;
+    uint32_t tiles = 0;
+    uint32_t start = 0;
+    int index = window_ + kPerLane * lane_;
+    int first_row = first_row_;
+    int rows = rows_[0];
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      uint32_t const start = before_[i] * feature_units_;
-      if (in_window - start < token_tiles_of(rows_[i]) * feature_units_) {
-        found = i;
-        group.offset = in_window - start;
-        group.rows = rows_[i];
-        group.first_row = first_row_[i];
+    for (int i = 0; i + 1 < kPerLane; ++i) {
+      tiles += token_tiles_of(rows_[i]);
+      if (in_lane >= tiles * units) {
+        start = tiles * units;
+        index += 1;
+        first_row += rows_follow() ? rows_[i] : 0;
+        rows = rows_[i + 1];
       }
     }
-    int const lane = __ffs(__ballot_sync(kAllLanes, found >= 0)) - 1;
-    group.index = __shfl_sync(kAllLanes, window_ + found * 32 + lane_, lane);
-    group.offset = __shfl_sync(kAllLanes, group.offset, lane);
-    group.rows = __shfl_sync(kAllLanes, group.rows, lane);
-    group.first_row = __shfl_sync(kAllLanes, group.first_row, lane);
+    uint32_t const lanes = __ballot_sync(kAllLanes, in_lane < tiles_ * units);
+    int const lane = __ffs(lanes) - 1;
+    group.index = __shfl_sync(kAllLanes, index, lane);
+    group.offset = __shfl_sync(kAllLanes, in_lane - start, lane);
+    group.rows = __shfl_sync(kAllLanes, rows, lane);
+    group.first_row = __shfl_sync(kAllLanes, first_row, lane);
     group.token_tiles = token_tiles_of(group.rows);
     return true;
   }
@@ -135,6 +150,9 @@ class GroupWalker {
   static constexpr int kWindow = 32 * kPerLane;
 
   __device__ bool is_packed() const { return params_.row_layout == SM12X_ROWS_PACKED; }
+
+  // Whether a group's rows are numbered on from those in front of it.
+  __device__ bool rows_follow() const { return From != Bounds::kCounted && is_packed(); }
 
   __device__ static uint32_t token_tiles_of(int rows) {
     return (uint32_t(rows) + TileTokens - 1) / TileTokens;
@@ -154,134 +172,121 @@ class GroupWalker {
     }
     window_ += kWindow;
     window_start_ = window_end_;
-    load_rows();
-    count_tiles();
+    if (From == Bounds::kCounted || (From == Bounds::kGivenOrCounted && has_counts_)) {
+      take_counts();
+    } else {
+      load_bounds();
+    }
     return true;
+  }
+
+  // This lane's groups out of the counts. Rows and tiles of tokens are summed up together: there are at most
+  // 2^16 - 1 of them.
+  __device__ void take_counts() {
+    int4 const own = reinterpret_cast<int4 const*>(counts_ + window_)[lane_];
+    rows_[0] = own.x;
+    rows_[1] = own.y;
+    rows_[2] = own.z;
+    rows_[3] = own.w;
+    tiles_ = tiles_of_lane();
+    uint32_t const both = tiles_ + (uint32_t(own.x + own.y + own.z + own.w) << 16);
+    uint32_t const up_to = arch::sum_up_to_lane(both);
+    uint32_t const all = __shfl_sync(kAllLanes, up_to, 31);
+    before_ = (up_to - both) & 0xffff;
+    window_end_ = window_start_ + (all & 0xffff);
+    if (From != Bounds::kCounted) {
+      first_row_ = carried_ + int((up_to - both) >> 16);
+      carried_ += int(all >> 16);
+    }
   }
 
   // Reads where this lane's groups begin and how many rows they have. All loads go out before the first
   // is looked at; indices past the last bound read it again, which makes groups without rows.
-  __device__ void load_rows() {
-    if constexpr (From == Bounds::kCounted) {
-      auto const* const offsets = static_cast<int32_t const*>(bounds_);
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        first_row_[i] = offsets[min(group_of(i), params_.num_groups)];
-        rows_[i] = offsets[min(group_of(i) + 1, params_.num_groups)] - first_row_[i];
-      }
-      return;
-    }
+  __device__ void load_bounds() {
     int const limit = params_.rows < 0x7fffffff ? int(params_.rows) : 0x7fffffff;
     bool const packed = is_packed();
+    int const first = window_ + kPerLane * lane_;
     int const last = params_.num_groups - (packed ? 0 : 1);
-    int const second = packed ? 1 : 0;
-    int begin[kPerLane];
-    int end[kPerLane];
+    int bound[kPerLane + 1];
     if (__builtin_expect(bounds_are_64_bit_, 0)) {
       auto const* const bounds = static_cast<int64_t const*>(bounds_);
-      int64_t wide[2][kPerLane];
+      int64_t wide[kPerLane + 1];
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        wide[0][i] = load(bounds + min(group_of(i), last));
-        wide[1][i] = load(bounds + min(group_of(i) + second, last));
+      for (int i = 0; i <= kPerLane; ++i) {
+        wide[i] = load(bounds + min(first + i, last));
       }
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        begin[i] = clamped(wide[0][i], limit);
-        end[i] = clamped(wide[1][i], limit);
+      for (int i = 0; i <= kPerLane; ++i) {
+        bound[i] = clamped(wide[i], limit);
       }
     } else {
       auto const* const bounds = static_cast<int32_t const*>(bounds_);
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        begin[i] = load(bounds + min(group_of(i), last));
-        end[i] = load(bounds + min(group_of(i) + second, last));
+      for (int i = 0; i <= kPerLane; ++i) {
+        bound[i] = load(bounds + min(first + i, last));
       }
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        begin[i] = max(0, min(begin[i], limit));
-        end[i] = max(0, min(end[i], limit));
+      for (int i = 0; i <= kPerLane; ++i) {
+        bound[i] = max(0, min(bound[i], limit));
       }
     }
     if (__builtin_expect(!packed, 0)) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        first_row_[i] = 0;
-        rows_[i] = group_of(i) <= last ? end[i] : 0;
+        rows_[i] = first + i <= last ? bound[i] : 0;
       }
-      return;
+      first_row_ = 0;
+    } else {
+      bool sorted = true;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        sorted = sorted && bound[i] <= bound[i + 1];
+      }
+      if (__builtin_expect(!__all_sync(kAllLanes, sorted) || decreases_, 0)) {
+        raise_to_maximum(bound);
+      }
+      carried_ = __shfl_sync(kAllLanes, bound[kPerLane], 31);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        rows_[i] = bound[i + 1] - bound[i];
+      }
+      first_row_ = bound[0];
     }
-    bool sorted = true;
+    tiles_ = tiles_of_lane();
+    uint32_t const up_to = arch::sum_up_to_lane(tiles_);
+    before_ = up_to - tiles_;
+    window_end_ = window_start_ + __shfl_sync(kAllLanes, up_to, 31);
+  }
+
+  __device__ uint32_t tiles_of_lane() const {
+    uint32_t tiles = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      sorted = sorted && begin[i] <= end[i];
+      tiles += token_tiles_of(rows_[i]);
     }
-    if (__builtin_expect(!__all_sync(kAllLanes, sorted) || decreases_, 0)) {
-      raise_to_maximum(begin, end);
-    }
-    carried_ = __shfl_sync(kAllLanes, end[kPerLane - 1], 31);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      first_row_[i] = begin[i];
-      rows_[i] = end[i] - begin[i];
-    }
+    return tiles;
   }
 
   // Offsets that decrease count as their running maximum, from here on.
-  __device__ static int running_maximum(int value) {
-    int const lane = threadIdx.x % 32;
+  __device__ void raise_to_maximum(int (&bound)[kPerLane + 1]) {
+    int const in_front = decreases_ || window_ > 0 ? carried_ : 0;
+    decreases_ = true;
+    bound[0] = max(bound[0], in_front);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      bound[i + 1] = max(bound[i + 1], bound[i]);
+    }
+    int up_to = bound[kPerLane];
 #pragma unroll 1
     for (int distance = 1; distance < 32; distance *= 2) {
-      int const before = __shfl_up_sync(kAllLanes, value, distance);
-      value = lane >= distance ? max(value, before) : value;
+      int const before = __shfl_up_sync(kAllLanes, up_to, distance);
+      up_to = lane_ >= distance ? max(up_to, before) : up_to;
     }
-    return value;
-  }
-
-  __device__ void raise_to_maximum(int (&begin)[kPerLane], int (&end)[kPerLane]) {
-    int highest = decreases_ || window_ > 0 ? carried_ : 0;
-    decreases_ = true;
+    int const before = __shfl_up_sync(kAllLanes, up_to, 1);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      int const first = __shfl_sync(kAllLanes, begin[i], 0);
-      highest = max(highest, first);
-      int const up_to = max(highest, running_maximum(end[i]));
-      int const before = __shfl_up_sync(kAllLanes, up_to, 1);
-      begin[i] = lane_ == 0 ? highest : before;
-      end[i] = up_to;
-      highest = __shfl_sync(kAllLanes, up_to, 31);
+    for (int i = 0; i <= kPerLane; ++i) {
+      bound[i] = lane_ == 0 ? bound[i] : max(bound[i], before);
     }
-  }
-
-  __device__ void count_tiles() {
-    bool few = true;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      few = few && rows_[i] <= TileTokens;
-    }
-    uint32_t tiles = 0;
-    if (__all_sync(kAllLanes, few)) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        uint32_t const active = __ballot_sync(kAllLanes, rows_[i] > 0);
-        before_[i] = tiles + __popc(active & ((1u << lane_) - 1));
-        tiles += __popc(active);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        uint32_t const own = token_tiles_of(rows_[i]);
-        uint32_t up_to = own;
-#pragma unroll 1
-        for (int distance = 1; distance < 32; distance *= 2) {
-          uint32_t const before = __shfl_up_sync(kAllLanes, up_to, distance);
-          up_to += lane_ >= distance ? before : 0;
-        }
-        before_[i] = tiles + up_to - own;
-        tiles += __shfl_sync(kAllLanes, up_to, 31);
-      }
-    }
-    window_end_ = window_start_ + tiles;
   }
 
   __device__ static int64_t load(int64_t const* bound) {
@@ -291,8 +296,6 @@ class GroupWalker {
     return From == Bounds::kFresh ? __ldcg(bound) : *bound;
   }
 
-  __device__ int group_of(int i) const { return window_ + 32 * i + lane_; }
-
   __device__ static int clamped(int64_t value, int limit) {
     return value < 0 ? 0 : (value > limit ? limit : int(value));
   }
@@ -300,16 +303,65 @@ class GroupWalker {
   sm12x_packed_params const& params_;
   void const* bounds_ = nullptr;
   bool bounds_are_64_bit_ = false;
+  int32_t const* counts_ = nullptr;
+  bool has_counts_ = false;
   int lane_;
   uint32_t feature_units_;
-  int window_ = -kWindow;      // first group of the window
-  Count window_start_ = 0;     // tiles of tokens before the window
-  Count window_end_ = 0;       // up to its end
-  int carried_ = 0;            // end of the groups before the next window
-  bool decreases_ = false;     // some offset was less than the one before it
-  int first_row_[kPerLane];    // of this lane's groups
-  int rows_[kPerLane];         // likewise
-  uint32_t before_[kPerLane];  // tiles of the window before each of them
+  int window_ = -kWindow;   // first group of the window
+  Count window_start_ = 0;  // tiles of tokens before the window
+  Count window_end_ = 0;    // up to its end
+  int carried_ = 0;         // end of the groups before the next window
+  bool decreases_ = false;  // some offset was less than the one before it
+  int rows_[kPerLane];      // of this lane's groups
+  int first_row_ = 0;       // of the first of them
+  uint32_t tiles_;          // of tokens, of all of them
+  uint32_t before_;         // tiles of the window before them
+};
+
+/// How runs are cut, as far as it depends on the grid alone: before the bounds are there. Lane l knows it for l + 1
+/// tiles of tokens.
+class Cuts {
+ public:
+  /// A whole warp, before all else.
+  __device__ void prepare() {
+    per_cta_ = 0xffffffffu / gridDim.x + 1;
+    ctas_ = ctas_of_tile(threadIdx.x % 32 + 1);
+    share_ = __float_as_uint(arch::fast_reciprocal(float(ctas_)));
+    arch::keep(per_cta_);
+    arch::keep(ctas_);
+    arch::keep(share_);
+  }
+
+  /// How many CTAs share a tile of tokens where each tile gets equally many, and 1 / that; 0 where runs are cut
+  /// without regard to tiles.
+  struct Tile {
+    uint32_t ctas;
+    float share;
+  };
+  __device__ Tile of_tile(uint32_t tiles) const {
+    if (__builtin_expect(tiles > 32, 0)) {
+      uint32_t const ctas = ctas_of_tile(tiles);
+      return {ctas, arch::fast_reciprocal(float(ctas))};
+    }
+    return {__shfl_sync(0xffffffffu, ctas_, tiles - 1),
+            __uint_as_float(__shfl_sync(0xffffffffu, share_, tiles - 1))};
+  }
+
+  /// 2^32 / CTAs, rounded up; 0 for one CTA.
+  __device__ uint32_t per_cta() const { return per_cta_; }
+
+ private:
+  __device__ static uint32_t ctas_of_tile(uint32_t tiles) {
+    if (4 * tiles > gridDim.x) {
+      return 0;
+    }
+    uint32_t const ctas = uint32_t((float(gridDim.x) + 0.5f) * arch::fast_reciprocal(float(tiles)));
+    return 16 * ctas * tiles >= 15 * gridDim.x ? ctas : 0;
+  }
+
+  uint32_t per_cta_;
+  uint32_t ctas_;
+  uint32_t share_;
 };
 
 /// The work of one CTA, in order. Runs: the family's swapped kernels; turns: the others. Strip: features that
@@ -322,32 +374,30 @@ class PackedSchedule {
   static_assert((kMostStrips & (kMostStrips - 1)) == 0);
 
   /// Reads nothing on the device.
-  __device__ explicit PackedSchedule(sm12x_packed_params const& params)
+  __device__ PackedSchedule(sm12x_packed_params const& params, Cuts const& cuts)
       : params_(params),
         k_tiles_((params.k + TileK - 1) / TileK),
         splits_(params.least_units > 0),
         strips_((uint32_t(params.n) + kStrip - 1) / kStrip),
         walker_(params, Runs && !splits_ ? strips_
                                          : (uint32_t(params.n) + TileFeatures - 1) / TileFeatures),
-        per_cta_(0xffffffffu / gridDim.x + 1),
+        cuts_(cuts),
         largest_piece_(Runs && !splits_ ? 0 : kMostStrips) {}
 
-  /// Reads the bounds, which lie there, and takes up this CTA's share.
-  __device__ void start(void const* bounds, bool are_64_bit) {
-    read_bounds(bounds, are_64_bit);
-    take(blockIdx.x);
-  }
-
-  /// The two halves of start(). Shares may be taken up one after the other, in ascending order.
+  /// Where the bounds or the counts lie (GroupWalker). Then all tiles are counted.
   __device__ void read_bounds(void const* bounds, bool are_64_bit) {
     walker_.set_bounds(bounds, are_64_bit);
-    if (Runs || splits_) {
-      tiles_ = uint32_t(walker_.total());
-    }
+    count_tiles();
   }
+  __device__ void read_counts(int32_t const* counts) {
+    walker_.set_counts(counts);
+    count_tiles();
+  }
+
+  /// Takes up a share of the work, this CTA's own or one after the other, in ascending order.
   __device__ void take(uint32_t cta) {
     turn_ = cta;
-    if (splits_) {
+    if (__builtin_expect(splits_, !Runs)) {
       units_ = tiles_ * ((uint32_t(params_.n) + TileFeatures - 1) / TileFeatures) * k_tiles_;
       uint32_t const most = units_ / uint32_t(params_.least_units);
       runs_ = most < 1 ? 1 : min(most, gridDim.x);
@@ -364,17 +414,18 @@ class PackedSchedule {
   __device__ uint32_t tiles() const { return tiles_; }
   __device__ uint32_t strips() const { return strips_; }
 
-  /// Boxes of weights that are enough for every piece of every run of so many tiles of tokens, of so many strips
-  /// each.
-  __device__ static uint32_t largest_piece_of_all(uint32_t tiles, uint32_t strips) {
-    uint32_t const ctas = ctas_of_tile(tiles);
-    if (ctas >
-        0) {  // runs have so many strips or one less; halves and the like of them are shorter
-      uint32_t const longest = (strips + ctas - 1) / ctas;
+  /// Boxes of weights that are enough for every piece of every run, where all tiles have so many strips.
+  __device__ uint32_t largest_piece_of_all(uint32_t strips) const {
+    if (cut_.ctas > 0) {
+      // Runs have so many strips, rounded up, or one less; halves and the like of them are shorter.
+      uint32_t const longest = uint32_t((float(strips) - 0.5f) * cut_.share) + 1;
       return max(max(piece_of(longest), piece_of(max(longest, 2u) - 1)),
                  min((longest + 3) / 2, kMostStrips));
     }
-    return min(tiles * strips / gridDim.x + 2, kMostStrips);
+    // One CTA: 2^32 / CTAs is too large for a word.
+    uint32_t const of_cta =
+        cuts_.per_cta() == 0 ? kMostStrips : __umulhi(tiles_ * strips, cuts_.per_cta());
+    return min(of_cta + 2, kMostStrips);
   }
   /// No piece gets larger, and each says so. Before next().
   __device__ void set_largest_piece(uint32_t boxes) { largest_piece_ = boxes; }
@@ -389,6 +440,15 @@ class PackedSchedule {
 
  private:
   using Count = cute::conditional_t<Runs, uint32_t, uint64_t>;
+
+  __device__ void count_tiles() {
+    if (Runs || splits_) {
+      tiles_ = uint32_t(walker_.total());
+    }
+    if (Runs && tiles_ > 0) {
+      cut_ = cuts_.of_tile(tiles_);
+    }
+  }
 
   // False where the CTA has done its work.
   __device__ bool find_next(PackedWork& work) {
@@ -438,22 +498,15 @@ class PackedSchedule {
     uint32_t end = 0;
   };
 
-  // How many CTAs share a tile of tokens where each tile gets equally many; 0 where runs are cut without regard
-  // to tiles.
-  __device__ static uint32_t ctas_of_tile(uint32_t tiles) {
-    uint32_t const ctas = uint32_t((float(gridDim.x) + 0.5f) * arch::fast_reciprocal(float(tiles)));
-    return 4 * tiles <= gridDim.x && 16 * ctas * tiles >= 15 * gridDim.x ? ctas : 0;
-  }
-
   // Runs: a CTA's, of all groups' tiles of tokens. Equal ones, with many units one more here and there. But
   // where there are few tiles, each gets equally many CTAs if that leaves less than one in 16 idle: a run that
   // crosses from one group to the next comes in two pieces, which take longer than one of both their sizes.
   __device__ Run run_of(uint32_t cta) const {
     uint32_t const units = tiles_ * strips_;
-    uint32_t const ctas = ctas_of_tile(tiles_);
+    uint32_t const ctas = cut_.ctas;
     if (ctas > 0) {
       // With a half added where the quotient could be whole. All CTAs round alike, so that runs meet.
-      float const per_cta = arch::fast_reciprocal(float(ctas));
+      float const per_cta = cut_.share;
       auto const start = [&](uint32_t run) {
         uint32_t const tile = uint32_t((float(run) + 0.5f) * per_cta);
         uint32_t const part = run - tile * ctas;
@@ -462,7 +515,9 @@ class PackedSchedule {
       };
       return {start(cta), start(cta + 1)};
     }
-    auto const start = [&](uint32_t run) { return min(__umulhi(run * units, per_cta_), units); };
+    auto const start = [&](uint32_t run) {
+      return min(__umulhi(run * units, cuts_.per_cta()), units);
+    };
     return {start(cta), cta + 1 == gridDim.x ? units : start(cta + 1)};
   }
 
@@ -524,7 +579,8 @@ class PackedSchedule {
   uint32_t strips_;  // of one group
   GroupWalker<TileTokens, Count, From> walker_;
   typename GroupWalker<TileTokens, Count, From>::Group group_;
-  uint32_t per_cta_;        // 2^32 / CTAs, rounded up; 0 for one CTA
+  Cuts cuts_;
+  Cuts::Tile cut_ = {};     // of the tiles that there are
   uint32_t largest_piece_;  // in strips; 0 before the first piece of a run
   uint32_t tiles_ = 0;
   uint32_t units_ = 0;

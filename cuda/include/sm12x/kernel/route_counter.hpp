@@ -1,4 +1,4 @@
-/// The offsets of an expert layer's rows, counted from the router's choices by one warp: for few routes that is
+/// The rows of an expert layer's experts, counted from the router's choices by one warp: for few routes that is
 /// sooner than they come from the kernel that sorts them.
 #pragma once
 
@@ -8,18 +8,19 @@
 
 namespace sm12x::kernel {
 
-/// Offsets, as sorting the routes by expert gives them, in shared memory.
+/// How many routes each expert has, in shared memory; zeros behind the last one, up to a multiple of kPerRound.
 struct RouteCounter {
-  static constexpr int kPerRound = 128;  // experts that a warp sums up at once, four a lane
+  static constexpr int kPerRound = 128;  // experts that a warp clears at once, four a lane
   static constexpr int kCapacity = SM12X_MOST_COUNTED_EXPERTS;
   static_assert(kCapacity % kPerRound == 0);
 
-  alignas(16) int32_t offsets[kCapacity + 4];
+  alignas(16) int32_t counts[kCapacity];
 
   /// A whole warp, before count().
   __device__ void clear(int experts) {
+#pragma unroll 1
     for (int first = 0; first < experts; first += kPerRound) {
-      reinterpret_cast<int4*>(offsets + first)[threadIdx.x % 32] = {};
+      reinterpret_cast<int4*>(counts + first)[threadIdx.x % 32] = {};
     }
     __syncwarp();
   }
@@ -39,9 +40,15 @@ struct RouteCounter {
     Ids asked;
 #pragma unroll
     for (int i = 0; i < Ids::kPerLane; ++i) {
-      int const route = first + 32 * i + int(threadIdx.x % 32);
       asked.low[i] = ~0u;
       asked.high[i] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < Ids::kPerLane; ++i) {
+      if (first + 32 * i >= routes) {
+        break;
+      }
+      int const route = first + 32 * i + int(threadIdx.x % 32);
       if (route < routes) {
         asked.low[i] = __ldcg(ids + (int64_t(route) << wide));
         if (wide != 0) {
@@ -54,51 +61,45 @@ struct RouteCounter {
 
   /// A whole warp. `ids`: of the first routes. Calls visit(route, local expert or -1) for every route, on one lane.
   template <class Visit>
-  __device__ void count(sm12x_up_params const& up, int experts, Ids ids, Visit const& visit) {
-    constexpr uint32_t kAllLanes = 0xffffffffu;
-    constexpr int kAtOnce = 32 * Ids::kPerLane;
-    int const lane = threadIdx.x % 32;
+  __device__ void count(sm12x_up_params const& up, int experts, Ids const& ids,
+                        Visit const& visit) {
+    // Few routes are the case in a hurry. Of many, the next ones are on their way while some are counted.
+    Ids next;
+    if (__builtin_expect(up.routes > kAtOnce, 0)) {
+      next = request(up, kAtOnce);
+    }
+    count_round(up, experts, ids, 0, visit);
 #pragma unroll 1
-    for (int first = 0; first < up.routes; first += kAtOnce) {
-      if (first > 0) {
-        ids = request(up, first);
-      }
-#pragma unroll
-      for (int i = 0; i < Ids::kPerLane; ++i) {
-        int const route = first + 32 * i + lane;
-        int const expert = expert_of(up, ids.low[i], ids.high[i], experts);
-        if (route < up.routes) {
-          visit(route, expert);
-        }
-        if (expert >= 0) {
-          atomicAdd(offsets + expert, 1);
-        }
-      }
-    }
-    __syncwarp();
-    int rows = 0;
-    for (int first = 0; first < experts; first += kPerRound) {
-      int4* const own = reinterpret_cast<int4*>(offsets + first) + lane;
-      int4 const counts = *own;
-      int const sum = counts.x + counts.y + counts.z + counts.w;
-      int up_to = sum;
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        int const before = __shfl_up_sync(kAllLanes, up_to, distance);
-        up_to += lane >= distance ? before : 0;
-      }
-      int const start = rows + up_to - sum;
-      *own = {start, start + counts.x, start + counts.x + counts.y, start + sum - counts.w};
-      rows += __shfl_sync(kAllLanes, up_to, 31);
-    }
-    __syncwarp();
-    if (lane == 0) {
-      offsets[experts] = rows;
+    for (int first = kAtOnce; __builtin_expect(first < up.routes, 0); first += kAtOnce) {
+      Ids const these = next;
+      next = request(up, first + kAtOnce);
+      count_round(up, experts, these, first, visit);
     }
     __syncwarp();
   }
 
  private:
+  static constexpr int kAtOnce = 32 * Ids::kPerLane;
+
+  template <class Visit>
+  __device__ void count_round(sm12x_up_params const& up, int experts, Ids const& ids, int first,
+                              Visit const& visit) {
+#pragma unroll
+    for (int i = 0; i < Ids::kPerLane; ++i) {
+      if (first + 32 * i >= up.routes) {
+        break;
+      }
+      int const route = first + 32 * i + int(threadIdx.x % 32);
+      int const expert = expert_of(up, ids.low[i], ids.high[i], experts);
+      if (route < up.routes) {
+        visit(route, expert);
+      }
+      if (expert >= 0) {
+        atomicAdd(counts + expert, 1);
+      }
+    }
+  }
+
   // Local expert of a route, -1: none of this device's. No number of experts reaches 2^31, so that negative ids are
   // too large.
   __device__ static int expert_of(sm12x_up_params const& up, uint32_t low, uint32_t high,

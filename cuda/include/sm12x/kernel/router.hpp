@@ -9,26 +9,9 @@
 #include <cstdint>
 
 #include <sm12x/abi_moe.h>
+#include <sm12x/arch/warp.hpp>
 
 namespace sm12x::kernel {
-
-/// The sum of a value of this lane and all in front of it. All lanes of a warp.
-__device__ inline uint32_t sum_up_to_lane(uint32_t value) {
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    // The shuffle's own predicate says whether there is such a lane (PTX ISA, "shfl.sync").
-    asm volatile(
-        "{\n"
-        ".reg .pred there;\n"
-        ".reg .b32 before;\n"
-        "shfl.sync.up.b32 before|there, %0, %1, 0, 0xffffffff;\n"
-        "@there add.u32 %0, %0, before;\n"
-        "}"
-        : "+r"(value)
-        : "r"(distance));
-  }
-  return value;
-}
 
 /// Threads: of the CTA.
 template <int Threads>
@@ -269,7 +252,7 @@ class Router {
       uint4& counters = reinterpret_cast<uint4&>(counters_[expert]);
       uint4 const in_front = there && !alone_ ? counters : uint4{};
       uint32_t const sum = total.x + total.y + total.z + total.w;
-      uint32_t const up_to = sum_up_to_lane(sum);
+      uint32_t const up_to = arch::sum_up_to_lane(sum);
       uint4 start;
       start.x = rows + up_to - sum;
       start.y = start.x + total.x;
