@@ -432,12 +432,8 @@ class PackedGemm {
     if (kFindsEarly && warp == kWeightsWarp) {
       asked = Operation::ask(extra);
     }
-    // By all warps: those that release stages need it too (arch::zero_once_known), and would look it up each time.
-    uint32_t bytes = arch::dynamic_shared_bytes();
-    arch::keep(bytes);
     Ring ring(shared.front.ring);
     if (warp == kTokensWarp) {
-      find_fitting(bytes - kFrontBytes, shared.front.fitting);
       make_barriers(params, shared, ring, gathers);
     }
     Cuts cuts;
@@ -449,6 +445,12 @@ class PackedGemm {
       // Bounds are on their way while another warp makes the barriers. Where they may come from the grid in front,
       // that one's end hides the barriers anyhow.
       start(params, extra, shared, schedule, asked);
+    }
+    // By all warps: those that release stages need it too (arch::zero_once_known), and would look it up each time.
+    uint32_t bytes = arch::dynamic_shared_bytes();
+    arch::keep(bytes);
+    if (warp == kTokensWarp) {
+      find_fitting(bytes - kFrontBytes, shared.front.fitting);
     }
     __syncthreads();
     auto work_on = [&](auto roles) {
