@@ -226,7 +226,7 @@ class sm12x_packed_params(ctypes.Structure):
         ("bias_type", ctypes.c_int32),
         ("out_type", ctypes.c_int32),
         ("least_units", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("early_weights", ctypes.c_int32),
     ]
 
 

@@ -1,9 +1,10 @@
 """What a run of grouped_gemm_h200.py has to show (DESIGN section 9, issue 5), computed from its rows alone.
 
-Row gates, T <= 128, for contiguous rows and for gathered ones: not slower than the faster peer beyond the
-run's spread (half the two interquartile ranges together), and at most 1.12 times the read floor of the same
-rounds. Mean gates: the geometric mean of Triton's time over ours, over the two fine-grained models, is at
-least 1.08, and at T = 1 at least 1.2. On Mixtral parity is a goal, not a gate.
+Row gates, T <= 128, for contiguous rows and for gathered ones, each without and with early_weights: not
+slower than the faster peer beyond the run's spread (half the two interquartile ranges together), and at most
+1.12 times the read floor of the same rounds. Mean gates: the geometric mean of Triton's time over ours, over
+the two fine-grained models, is at least 1.08, and at T = 1 at least 1.2. On Mixtral parity is a goal, not a
+gate.
 
 A row is reported and not gated where the twin's MMAs take more than 0.8 of the memory time: the memory time
 is the row's read floor, the MMAs are those of every expert's rows rounded up to the MMA's 8, and their rate
@@ -27,7 +28,8 @@ MMA_SHARE_LIMIT = 0.8
 # multiply-adds on 132 SMs at 1980 MHz (tests/benchmarks/README.md). DESIGN section 2's clocks for
 # conversions alone are 630 to 964.
 TWIN_MMA_RATE = 694.0
-OURS = ("sm12x", "sm12x gather")
+# Rows sorted and gathered, without and with the promise of early_weights.
+OURS = ("sm12x", "sm12x gather", "sm12x early", "sm12x early gather")
 PEERS = ("triton", "torch")
 FINE_GRAINED = ("gemma-4-26B-A4B", "qwen3-30B-A3B")
 PARITY = ("mixtral-8x7B",)
@@ -158,7 +160,8 @@ def markdown(result: Mapping[str, Any], report: Report) -> str:
     columns = ["shape", "T", *OURS, "Triton", "torch", "read floor", "Triton / ours", "ours / floor"]
     lines = [
         f"{result['date']}, {result['device']}, {result.get('command', '')}: microseconds per call, median ± "
-        "half the interquartile range; ratios for contiguous rows, then gathered ones.",
+        "half the interquartile range; ratios for contiguous rows, gathered ones, and both with "
+        "early_weights.",
         "",
         "| " + " | ".join([*columns, "MMA share", "gate"]) + " |",
         "|" + "---|" * (len(columns) + 2),
@@ -196,7 +199,11 @@ def describe(report: Report) -> list[str]:
     """The verdicts as lines: what fails, what is not gated and why, the means."""
     gated = [verdict for verdict in report.verdicts if verdict.gated]
     failed = [verdict for verdict in gated if verdict.faults]
-    lines = [f"gated: {len(gated)} times, of which {len(failed)} fail"]
+    counts = [(ours, sum(v.contender == ours for v in failed)) for ours in OURS]
+    lines = [
+        f"gated: {len(gated)} times, of which {len(failed)} fail: "
+        + ", ".join(f"{ours} {count}" for ours, count in counts)
+    ]
     lines += [
         f"- {v.row} T={v.tokens} {v.contender} {v.ours_us:.1f} us: {', '.join(v.faults)}"
         + (f" ({v.to_peer:.3f} of it, spread {v.spread_us:.2f} us)" if v.to_peer is not None else "")

@@ -4,11 +4,13 @@
         [--variants [FAMILY ...]] [--json FILE] [--markdown FILE] [--plot FILE] [--peer FOLDER] [--seconds S]
 
 Shapes of three models at T tokens, per-token x per-channel scales, bfloat16 out; ours with rows sorted by
-expert ("sm12x") and with rows read where the tokens lie ("sm12x gather"). CUDA graphs of at least 16 calls
-over 4 routings; weights rotate so that three times the L2 is read before a byte comes again; all contenders
-replay in turns in an order drawn anew each round. Medians and interquartile ranges of microseconds per call.
-The read floor is measured in the same rounds. --variants forces every variant of the families beside that
-(default: fp8_packed, whole tiles as "KEY", split-K as "KEY:split").
+expert ("sm12x") and with rows read where the tokens lie ("sm12x gather"), both without and with early_weights
+("early"), whose promise holds here: calls follow each other, and nobody writes weights or offsets. CUDA
+graphs of at least 16 calls over 4 routings; weights rotate so that three times the L2 is read before a byte
+comes again; all contenders replay in turns in an order drawn anew each round. Medians and interquartile
+ranges of microseconds per call. The read floor is measured in the same rounds. --variants forces every
+variant of the families beside that, with early_weights (default: fp8_packed, whole tiles as "KEY", split-K
+as "KEY:split").
 
 The exit status is 0 where every row ran with right results and the gates of gates.py hold.
 """
@@ -73,9 +75,12 @@ class Bench:
         workspace = torch.empty(sm12x.workspace_size(weights.shape[1]), dtype=torch.uint8, device="cuda")
         found: dict[str, Contender] = {}
         limit = 0.0
-        chosen = [("sm12x", None, False), ("sm12x gather", None, True)]
-        for name, variant, gather in [*chosen, *((*each, False) for each in self.forced.items())]:
-            calls = our_calls(batches, weights, b_scale, workspace, self.gpu.stream, variant, gather)
+        chosen = [(name, None, "gather" in name, "early" in name) for name in gates.OURS]
+        for name, variant, gather, early in [
+            *chosen,
+            *((*each, False, True) for each in self.forced.items()),
+        ]:
+            calls = our_calls(batches, weights, b_scale, workspace, self.gpu.stream, variant, gather, early)
             batches[0].out.fill_(float("nan"))
             torch.cuda.synchronize()
             try:
@@ -176,7 +181,7 @@ def as_row(
     }
 
 
-SHOWN = ("sm12x", "sm12x gather", "triton", "torch", "read_floor")
+SHOWN = (*gates.OURS, "triton", "torch", "read_floor")
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -281,7 +286,7 @@ def main() -> int:
         "failed": [],
     }
     print(f"{result['date']}, {gpu.device.name}, {result['versions']}, {result['ceilings']}")
-    titles = " ".join(f"{name:>14}" for name in SHOWN)
+    titles = " ".join(f"{name.replace('early gather', 'e. gather'):>14}" for name in SHOWN)
     print(f"{'us, median ± IQR/2':<22} {'T':>4} {titles} {'GB/s':>6} {'%flr':>5}  chosen, best of the forced")
     run_rows(Bench(gpu, kernel, floor, options.variants), options, result, start)
     for text in result["not_run"]:

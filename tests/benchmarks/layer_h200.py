@@ -148,7 +148,7 @@ class Bench:
         launches, limit = 0, 0.0
         stream = self.gpu.stream
         for name, up, down, whole in cases:
-            if whole is not None and chosen is not None and whole == (chosen.whole is not None):
+            if whole is not None and chosen is not None and whole == is_one_launch(chosen):
                 continue  # the same as chosen
             try:
                 with kernels(up, down, whole) as made:
@@ -241,15 +241,18 @@ def addresses(gemm: MoeGemm, batches: list[LayerBatch], sets: torch.Tensor) -> l
     ]
 
 
+def is_one_launch(choice: LayerChoice) -> bool:
+    """In a CUDA graph, as all contenders here are."""
+    return choice.whole is not None and not choice.several_in_graphs
+
+
 def describe(choice: LayerChoice) -> str:
     """The kernel that does all, or those of both GEMMs and what quantises between them."""
-    if choice.whole is not None:
-        return choice.whole.key
 
     def name(each: Any) -> str:
         return str(each.variant.key) + (":split" if each.least_units else "")
 
-    if choice.whole is not None:
+    if choice.whole is not None and is_one_launch(choice):
         return str(choice.whole.key)
     return f"{name(choice.up)}, {name(choice.down)}" + (", quantised apart" if choice.quantises_apart else "")
 

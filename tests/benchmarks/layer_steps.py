@@ -17,11 +17,12 @@ from sm12x.validation import shapes
 
 
 def chain_of(layer: Any, batch: LayerBatch, workspace: Any, stream: int) -> tuple[Any, Any, Any]:
-    """The prepared launches of a call that ran before, its addresses, and where its workspace begins."""
+    """The prepared launches of a call that ran before, as a graph gets them, its addresses, and where its
+    workspace begins."""
     plan = layer._plan
     _, given, _ = take_call_arrays(batch.x, batch.topk_weights, batch.topk_ids, batch.out, workspace, stream)
     calls = plan.take(given)
-    chain = calls.chains[-1]
+    chain = calls.chains[-1].in_graphs or calls.chains[-1]
     addresses = given.x.ptr, given.topk_weights.ptr, given.topk_ids.ptr, given.out.ptr
     return chain, addresses, plan.base_in(given.workspace.ptr, calls, addresses, chain.needed)
 

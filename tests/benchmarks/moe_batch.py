@@ -88,9 +88,10 @@ def our_calls(
     stream: int,
     variant: str | None,
     gather: bool,
+    early: bool = False,
 ) -> list[Call]:
     """One call for each turn of the rotation; weights (sets, E, N, K). `gather`: rows where the tokens
-    lie.
+    lie; `early`: early_weights.
     """
 
     def one(batch: Batch, b: torch.Tensor) -> Call:
@@ -105,6 +106,7 @@ def our_calls(
             workspace=workspace,
             stream=stream,
             variant=variant,
+            early_weights=early,
             **rows,
         )
 

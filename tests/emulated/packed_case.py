@@ -37,9 +37,18 @@ class PackedCase:
     def run(self, variant, ctas, *, least_units=0, machine=None, arch="sm_120a", seed=0):
         """Launch; the output (rows, n), and the emulator's result in `result`."""
         m = machine or Machine()
+        params = self.parameters(m, variant, ctas, least_units=least_units)
+        self.result = m.run_shipped(variant.key, ctas, params, arch=arch, seed=seed)
+        return self.output(m, params)
+
+    def output(self, m, params):
+        return m.download(params.d, (sum(self.rows), self.n), self.out_type)
+
+    def parameters(self, m, variant, ctas, *, least_units=0, early_weights=False):
+        """Uploads the operands and says where they are, as a launch takes it."""
         total, groups = sum(self.rows), len(self.rows)
         a = _upload_rows(m, self.a, "a")
-        b = _upload_rows(m, self.b, "b")
+        b = self.b_address = _upload_rows(m, self.b, "b")
         d = m.memory.allocate(max(1, total * self.n * 2), "the output")
         partials = counters = 0
         if least_units:
@@ -66,13 +75,13 @@ class PackedCase:
             b_scale_mode=abi.SM12X_SCALE_VECTOR,
             out_type=abi.SM12X_OUT_BFLOAT16,
             least_units=least_units,
+            early_weights=early_weights,
         )
         maps = encode_map(variant, "a", a, (self.k, total, 1), (self.k, total * self.k))
         for size in range(variant.weight_maps):
             maps += encode_map(variant, "b", b, (self.k, self.n, groups), (self.k, self.n * self.k), size)
         ctypes.memmove(ctypes.addressof(params), maps, len(maps))
-        self.result = m.run_shipped(variant.key, ctas, params, arch=arch, seed=seed)
-        return m.download(d, (total, self.n), self.out_type)
+        return params
 
     def error_ratio(self, out):
         """The largest error over DESIGN section 7's bound."""

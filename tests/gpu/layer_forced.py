@@ -94,8 +94,9 @@ def kernels(
     """Layers that are planned within the block run these kernels, or those of `select_layer` for None. One
     thread at a time. Plans of `FusedMoE` objects that were called before keep theirs.
 
-    `whole`: True for one launch that does all of the layer, False for several, which a kernel of either GEMM
-    means too, None for what `select_layer` says. Planning raises ValueError where the layer cannot have them.
+    `whole`: True for one launch that does all of the layer, in graphs too, False for several, which a kernel
+    of either GEMM means too, None for what `select_layer` says. Planning raises ValueError where the layer
+    cannot have them.
     """
     if whole and (up is not None or down is not None):
         raise ValueError("whole: expected None or False where kernels of a GEMM are forced")
@@ -105,9 +106,9 @@ def kernels(
         choice, lists = choose_freely(problem, held, sms)
         rows = problem.expected_rows
         if whole:
-            choice = replace(choice, whole=_whole(problem, held))
+            choice = replace(choice, whole=_whole(problem, held), several_in_graphs=False)
         elif whole is False or up is not None or down is not None:
-            choice = replace(choice, whole=None)
+            choice = replace(choice, whole=None, several_in_graphs=False)
         if up is not None:
             choice = replace(choice, up=_choice(problem.up(rows), up, sms))
         if down is not None:

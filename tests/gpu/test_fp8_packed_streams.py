@@ -112,9 +112,9 @@ class Chain:
     of all.
     """
 
-    def __init__(self, seed: int, argument: str | None, layout: str) -> None:
+    def __init__(self, seed: int, argument: str | None, layout: str, early: bool) -> None:
         rng = np.random.default_rng(seed)
-        self.argument, self.layout = argument, layout
+        self.argument, self.layout, self.early = argument, layout, early
         # As many rows as groups: an output (M, N) is a bias (E, N).
         groups = 20
         rows = rng.multinomial(groups, np.full(groups, 1 / groups)).astype(np.int64)
@@ -155,6 +155,7 @@ class Chain:
             out_dtype="float32",
             workspace=self.workspace,
             variant=self.argument,
+            early_weights=self.early,
             **self.operands.arguments,
             **self.epilogue.arguments,
         )
@@ -177,11 +178,13 @@ class Chain:
 
 
 @pytest.mark.parametrize("each", FORCED, ids=name)
-def test_chains_of_calls_and_torch_kernels(each: Forced, seed: int) -> None:
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+def test_chains_of_calls_and_torch_kernels(early: bool, each: Forced, seed: int) -> None:
     """Eager without a pause and replayed graphs give what the same links give with the device idle between
-    any two: a kernel that reads, or writes, before what is ahead of it has ended would not."""
+    any two: a kernel that reads, or writes, before what is ahead of it has ended would not. Early weights are
+    no more than that: what links hand on are biases."""
     layout = LAYOUTS[FORCED.index(each) % 3]
-    chain = Chain(seed, each.argument, layout)
+    chain = Chain(seed, each.argument, layout, early)
     links = chain.links()
     chain.reset()
     for link in links:
@@ -207,6 +210,25 @@ def test_chains_of_calls_and_torch_kernels(each: Forced, seed: int) -> None:
         for x, y in zip(chain.result(), expected, strict=True):
             differing += (x != y).any()
     assert differing.item() == 0, f"replays differ, {layout}"
+
+
+@pytest.mark.parametrize("each", FORCED, ids=name)
+def test_early_bounds_and_weights_are_those_written_two_launches_ahead(each: Forced, seed: int) -> None:
+    """A call of ours lies between what writes them and the call that loads them early: that one begins while
+    it runs, and may find in L1 what it read there a moment ago."""
+    layout = LAYOUTS[FORCED.index(each) % 3]
+    turned = [*reversed(ROWS[:-3]), 30, 5, 0]
+    cases = [Case(seed, layout), Case(seed + 1, layout, turned)]
+    given, between = Case(seed, layout), Case(seed + 2, layout)
+    outs = []
+    given(variant=each.argument, early_weights=True)
+    torch.cuda._sleep(SLEEP_CYCLES // 20)  # so that all is queued before it runs
+    for i in range(LINKS):
+        given.take(cases[i % 2])
+        between(variant=each.argument, workspace=between.workspace)
+        outs.append(given(variant=each.argument, workspace=given.workspace, early_weights=True))
+    for i, out in enumerate(outs):
+        cases[i % 2].check(out, f"call {i} of {each.argument} {layout}")
 
 
 def test_a_torch_kernel_may_overwrite_inputs_behind_a_call(seed: int) -> None:

@@ -56,7 +56,7 @@ def test_graph_replays_with_changed_inputs(given: bool, each: Forced, seed: int)
 
 
 def launches(case: Case, choice: LayerChoice) -> int:
-    if choice.whole is not None:
+    if choice.whole is not None and not choice.several_in_graphs:
         return 1
     routes = case.problem.spec.tokens * case.problem.spec.top_k
     return 4 + choice.quantises_apart + (routes > ROUTES_PER_CTA)

@@ -156,6 +156,7 @@ def expected_gemm(given, call, which, **more):
         "bounds_are_64_bit": 0,
         "row_index_is_64_bit": 0,
         "least_units": 0,
+        "early_weights": 0,
         **scale_facts(given.get(f"w{which}_scale"), "b_scale", n),
         **bias_facts(given.get(f"bias{which}")),
         **more,
@@ -219,6 +220,7 @@ def expected_down(given, call, parts, quantises, **more):
         bounds=parts["offsets"],
         stride_d=call["x"].extents[1],
         out_type=abi.OUT_TYPES[call["x"].dtype.name],
+        early_weights=int(not quantises),  # fp8_down loads them early in any case
         **scale,
         **{"row_weight": 0 if given.get("apply_router_weight_on_input") else parts["row_weight"], **more},
     )

@@ -25,8 +25,7 @@ def make_row(draw: random.Random, model: str = "gemma-4-26B-A4B", tokens: int = 
     floor = draw.uniform(5.0, 200.0)
     median = {
         "read_floor": floor,
-        "sm12x": floor * draw.uniform(1.02, 1.1),
-        "sm12x gather": floor * draw.uniform(1.02, 1.1),
+        **{ours: floor * draw.uniform(1.02, 1.1) for ours in gates.OURS},
         "triton": floor * draw.uniform(1.35, 1.5),
         "torch": floor * draw.uniform(1.6, 2.5),
     }
@@ -48,7 +47,7 @@ def test_rows_within_every_gate_hold(draw: random.Random) -> None:
     report = judged(*rows)
     assert report.held, gates.describe(report)
     assert all(verdict.gated and not verdict.faults for verdict in report.verdicts)
-    assert len(report.verdicts) == 2 * len(rows)
+    assert len(report.verdicts) == len(gates.OURS) * len(rows)
 
 
 @pytest.mark.parametrize("ours", gates.OURS)
@@ -108,7 +107,7 @@ def test_rows_that_the_twin_cannot_multiply_fast_enough_are_reported_only(draw: 
     bound["mma_columns"] = 0.81 * columns
     report = judged(good, bound)
     assert report.held
-    assert [v.gated for v in report.verdicts] == [True, True, False, False]
+    assert [v.gated for v in report.verdicts] == [True] * len(gates.OURS) + [False] * len(gates.OURS)
     assert not any(v.faults for v in report.verdicts), "a row that is not gated misses nothing"
     assert any("mixtral-8x7B GEMM1 T=64 (0.81)" in line for line in gates.describe(report))
     faster = gates.judge({**DEVICE, "rows": [good, bound]}, 2 * gates.TWIN_MMA_RATE)
@@ -126,7 +125,7 @@ def test_k_is_counted_in_whole_mmas(draw: random.Random) -> None:
 def test_rows_past_128_tokens_are_never_gated(draw: random.Random) -> None:
     report = judged(make_row(draw), make_row(draw, tokens=512, sm12x=10.0))
     assert report.held
-    assert [v.gated for v in report.verdicts] == [True, True, False, False]
+    assert [v.gated for v in report.verdicts] == [True] * len(gates.OURS) + [False] * len(gates.OURS)
 
 
 def test_means_are_geometric_and_over_fine_grained_gated_rows(draw: random.Random) -> None:

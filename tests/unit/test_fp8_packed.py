@@ -169,6 +169,16 @@ def test_the_attribute_of_programmatic_launch_is_the_manifests(fake, stem):
             assert text_of(each).endswith(f"[{k_tile}, {features}, 1] {3 if k_tile == 128 else 2} 2")
 
 
+@pytest.mark.parametrize("layout", [operands, gathered, masked])
+def test_weights_are_loaded_early_where_the_call_says_so(fake, layout):
+    """Each call for itself: plans know it, and so do remembered ones."""
+    args = layout(fake)
+    for early in (False, True, False, True, True):
+        options = {"early_weights": True} if early else {}
+        sm12x.grouped_gemm(**args, **options)
+        assert fake.launches[-1].params.early_weights == early
+
+
 @pytest.mark.parametrize(
     ("dtype", "code"), [("float32", "FLOAT32"), ("bfloat16", "BFLOAT16"), ("float16", "FLOAT16")]
 )

@@ -110,6 +110,12 @@ def test_a_list_call_with_nothing_to_do(fake):
     assert sm12x.grouped_gemm([], []) == []
 
 
+def test_a_list_call_loads_no_weights_early(fake):
+    with pytest.raises(ValueError, match=r"early_weights: expected False .* \(a list call\), got True"):
+        sm12x.grouped_gemm(**groups(fake, [(3, 16, 32)]), early_weights=True)
+    assert nothing_happened(fake)
+
+
 def test_outputs_may_be_column_slices_of_one_buffer(fake):
     args = groups(fake, [(40, 64, 128), (40, 32, 128)])
     base = fake.memory.take(40 * 96 * 2)

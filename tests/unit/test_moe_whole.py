@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from sm12x import abi, counters, driver, manifest
+from sm12x.ops import moe_plan
+from sm12x.select import layer as layer_select
+from sm12x.select.layer import LayerProblem
 from unit.fake_driver import CONTEXT, FakeGpu, install
 from unit.layer_cases import (
     ACTIVATIONS,
@@ -80,7 +84,7 @@ def expected(given, call, base, state):
         **{"a": h, "d": y, "row_weight": 0, "partials": 0, "counters": 0, "rows": routes, "a_rows": routes},
         **{"stride_a": inner, "stride_d": hidden, "stride_d_group": 0, "n": hidden, "k": inner},
         **{"num_groups": experts, "row_layout": abi.SM12X_ROWS_PACKED, "bounds_are_64_bit": 0},
-        **{"row_index_is_64_bit": 0, "least_units": 0, "out_type": kind},
+        **{"row_index_is_64_bit": 0, "least_units": 0, "early_weights": 0, "out_type": kind},
         **scale_facts(given.get("w2_scale"), "b_scale", hidden),
         **bias_facts(given.get("bias2")),
     }
@@ -238,6 +242,59 @@ def test_a_call_brings_four_addresses_and_the_rest_stays(fake):
         run_function(given, call)
     assert keys(fake) == [GATED] * 2
     assert facts(fake.launches[0].params) == facts(fake.launches[1].params) == facts(params)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["workspace_ours", "workspace_given"])
+def test_a_graph_gets_several_launches_where_they_give_the_same_bits(fake, monkeypatch, given):
+    """Both ways are prepared by the first call, so that a capture loads nothing."""
+    same = ["moe_route", "fp8_up_gated_128x8x128_swap", "fp8_down_128x8x128_swap", "moe_combine"]
+    whole = manifest.default().variants[GATED]
+    force(monkeypatch, up=same[1], down=same[2])
+    forced = moe_plan.select_layer
+    monkeypatch.setattr(
+        moe_plan,
+        "select_layer",
+        lambda *problem: (replace(forced(*problem)[0], whole=whole, several_in_graphs=True), []),
+    )
+    layer = make(weights(fake))
+    space = {"workspace": fake.tensor((layer.workspace_size(T, TOP),), "uint8")} if given else {}
+    for capturing, expected_keys in ((False, [GATED]), (True, same), (False, [GATED]), (True, same)):
+        fake.capturing = capturing
+        fake.launches.clear()
+        fake.calls.clear()
+        run(layer, tokens(fake, **space))
+        assert keys(fake) == expected_keys
+        assert not any("Library" in name for name in fake.calls) or not capturing
+
+
+def test_which_graphs_get_several_launches(whole_root):
+    """Those whose kernels have the tiles of the launch for all of the layer, and K whole."""
+    held = manifest.load(whole_root)
+    whole = held.variants[GATED]
+    problem = LayerProblem(
+        **{"experts": E, "hidden": H, "intermediate": INNER, "gated": True, "static": False},
+        **{"dtype": "bfloat16", "arch": "sm_120a", "rows": 8, "expected_rows": 8, "weighted": True},
+        static_input=False,
+    )
+    choice, _ = layer_select.select_layer(problem, held, 170)
+    up, down = (
+        replace(each, variant=held.variants[key], least_units=0)
+        for each, key in (
+            (choice.up, "fp8_up_gated_128x8x128_swap"),
+            (choice.down, "fp8_down_128x8x128_swap"),
+        )
+    )
+    same = replace(choice, up=up, down=down)
+    assert layer_select._same_bits(same, whole)
+    narrow = replace(up, variant=held.variants["fp8_up_gated_64x8x128_swap"])
+    plain = replace(down, variant=held.variants["fp8_packed_128x8x128_swap"])
+    for changes in (
+        {"up": narrow},
+        {"up": replace(up, least_units=1)},
+        {"down": replace(down, least_units=8)},
+        {"down": plain},
+    ):
+        assert not layer_select._same_bits(replace(same, **changes), whole), changes
 
 
 def test_every_workspace_and_stream_has_a_state_of_its_own(fake):

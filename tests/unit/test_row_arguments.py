@@ -120,6 +120,8 @@ MASKED = [
     (given(expected_m=2.0), TypeError, "expected_m: expected an int, got float"),
     (given(expected_m=True), TypeError, "expected_m: expected an int, got bool"),
     (given(expected_m="4"), TypeError, "expected_m: expected an int, got str"),
+    (given(early_weights=1), TypeError, "early_weights: expected a bool, got int"),
+    (given(early_weights=None), TypeError, "early_weights: expected a bool, got NoneType"),
     (bad("row_index", (M,), "int32"), ValueError, "row_index: expected None where rows is given"),
     (bad("offsets", (E + 1,), "int32"), ValueError, "offsets: expected None where rows is given"),
     (bad("a", (MAX_M, K), E4M3), ValueError, r"a: expected shape \(E, max_m, K\), got \(24, 128\)"),

@@ -90,7 +90,8 @@ def test_a_call_that_differs_in_anything_but_addresses_is_looked_at_in_full(reme
 
 
 @pytest.mark.parametrize(
-    "changed", [{"variant": "no such"}, {"dtype": "float8_e5m2"}, {"out_dtype": "float16"}]
+    "changed",
+    [{"variant": "no such"}, {"dtype": "float8_e5m2"}, {"out_dtype": "float16"}, {"early_weights": True}],
 )
 def test_other_options_are_another_call(remembered, changed):
     with pytest.raises(AssertionError, match="was taken in"):
@@ -317,7 +318,7 @@ def test_a_known_call_is_launched_just_where_its_addresses_are_not_suspicious(fa
             given[name] = fake_torch.Tensor(address, (len(given) + 1,), "uint8")
         if not plan.gathers:
             given["row_index"] = given["row_weight"] = None
-        options = (False, "bfloat16", None, None, None)
+        options = (False, "bfloat16", None, None, None, False)
         torch_call._calls.clear()
         torch_call.remember_torch_call(plan, torch_call.run_known_torch_call(*given.values(), *options))
         (known,) = torch_call._calls.values()

@@ -47,7 +47,7 @@ def tensors():
 
 
 def call(given):
-    return torch_call.run_known_torch_call(*given.values(), False, "bfloat16", None, None, None)
+    return torch_call.run_known_torch_call(*given.values(), False, "bfloat16", None, None, None, False)
 
 
 @pytest.fixture

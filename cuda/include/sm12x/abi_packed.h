@@ -70,7 +70,9 @@ typedef struct sm12x_packed_params {
   int32_t
       least_units; /* 0: CTAs take whole tiles in turns, swapped kernels runs of strips. Else split-K: CTAs take equal runs of
                           k-tiles, of at least so many */
-  int32_t reserved;
+  int32_t
+      early_weights; /* with PDL: bounds and weights are not what the grid in front writes, and are read before it has
+                            ended. fp8_packed; the expert layer's kernels do so in any case */
 } sm12x_packed_params;
 
 #ifdef __cplusplus

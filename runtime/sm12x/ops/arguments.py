@@ -46,8 +46,18 @@ def is_sequence(value: Any) -> bool:
     )
 
 
-def refuse_layouts(a: Any, offsets: Any, row_index: Any, rows: Any, expected_m: Any, row_weight: Any) -> None:
+def refuse_layouts(
+    a: Any,
+    offsets: Any,
+    row_index: Any,
+    rows: Any,
+    expected_m: Any,
+    row_weight: Any,
+    early_weights: Any = False,
+) -> None:
     """Raises ValueError or TypeError for arguments that belong to another layout of the call."""
+    if not isinstance(early_weights, bool):
+        raise TypeError(f"early_weights: expected a bool, got {type(early_weights).__name__}")
     if rows is not None:
         for argument, value in (("offsets", offsets), ("row_index", row_index)):
             if value is not None:
@@ -58,6 +68,11 @@ def refuse_layouts(a: Any, offsets: Any, row_index: Any, rows: Any, expected_m: 
     elif expected_m is not None:
         raise ValueError(f"expected_m: expected None where rows is not given, got {expected_m!r}")
     if offsets is None and rows is None:
+        if early_weights:
+            raise ValueError(
+                "early_weights: expected False where neither offsets nor rows is given (a list call), got "
+                "True"
+            )
         for argument, value in (("row_index", row_index), ("row_weight", row_weight)):
             if value is not None:
                 raise ValueError(

@@ -52,6 +52,7 @@ def emulated_call(
     dtype: Any,
     variant: Any,
     expected_m: Any,
+    early_weights: Any,
     **inputs: Any,
 ) -> Any:
     """`call`, which is `grouped_gemm`, on host arrays in emulated memory; `inputs` are its other arrays.
@@ -82,6 +83,7 @@ def emulated_call(
             out_dtype=out_dtype,
             dtype=dtype,
             variant=variant,
+            early_weights=early_weights,
             backend="auto",
         )
         mirror.collect()

@@ -224,7 +224,9 @@ class PackedLaunch:
             raise launch.bad_offsets(faults, self.shapes)
 
 
-def make_launch(operands: Operands, choice: Choice, a: int, b: int) -> PackedLaunch:
+def make_launch(
+    operands: Operands, choice: Choice, a: int, b: int, early_weights: bool = False
+) -> PackedLaunch:
     """The launch of a packed or masked call, its tensor maps encoded at addresses of a and b.
 
     Raises CubinError and CudaError.
@@ -252,6 +254,7 @@ def make_launch(operands: Operands, choice: Choice, a: int, b: int) -> PackedLau
         bias_type=0 if operands.bias is None else abi.BIAS_TYPES[operands.bias],
         out_type=abi.OUT_TYPES[problem.out],
         least_units=choice.least_units,
+        early_weights=int(early_weights),
     )
     content = bytearray(params)
     k, n, groups = problem.k, problem.n, problem.groups

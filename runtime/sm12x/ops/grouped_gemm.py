@@ -37,6 +37,7 @@ def grouped_gemm(
     stream: Any = None,
     dtype: Any = None,
     variant: str | None = None,
+    early_weights: bool = False,
     backend: str | None = None,
 ) -> Any:
     """Grouped GEMM in FP8: one matrix product per expert (group), scaled, in one call.
@@ -88,6 +89,11 @@ def grouped_gemm(
     dtype: FP8 type of uint8 operands, or a pair (for a, for b).
     variant: key of the kernel to use (`python -m sm12x kernels`); ":split" behind it has several CTAs share
       out the K of a tile, ":whole" never. None: the best for the shape (SM12X_LOG=select prints why).
+    early_weights: a promise, of a packed or masked call: what is right in front of it on the stream writes
+      neither `b` nor `offsets` or `rows`, and lets the call begin no sooner than all in front of itself has
+      ended (so do all kernels of this package, and all that never execute griddepcontrol.launch_dependents).
+      Weights may then be loaded while that is still running: while rows are being quantised, say. Where the
+      promise is broken, results are undefined. No effect on NumPy arrays and on variants of fp8_ptr_array.
     backend: "auto": torch, CuPy, JAX and other DLPack arrays run on the GPU they lie on, NumPy arrays on the
       CPU, in `sm12x.reference`; workspace, stream and variant are then refused. "emulator": NumPy arrays and
       others in host memory run the GPU's kernels in `sm12x.emulator`, which needs no GPU; slowly; stream is
@@ -118,6 +124,7 @@ def grouped_gemm(
             stream=stream,
             dtype=dtype,
             variant=variant,
+            early_weights=early_weights,
         )
     bounds = offsets if rows is None else rows
     # With everything given, as in an inference loop: a call like one before costs a look into a dictionary.
@@ -143,13 +150,14 @@ def grouped_gemm(
             dtype,
             variant,
             expected_m,
+            early_weights,
         )
         if missed is None:
             return out
     if bounds is None or isinstance(a, (list, tuple)):
-        refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
+        refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight, early_weights)
         return list_call(a, b, a_scale, b_scale, out, out_dtype, bias, workspace, stream, dtype, variant)
-    refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight)
+    refuse_layouts(a, offsets, row_index, rows, expected_m, row_weight, early_weights)
     framework = framework_of(a, "a")
     if framework == "numpy":
         return numpy_backend(
@@ -207,13 +215,13 @@ def grouped_gemm(
         workspace=take(workspace, "workspace"),
         masked=rows is not None,
     )
-    key = (*map(_facts, given.arrays()), given.masked, out_dtype, dtype, variant, expected_m)
+    key = (*map(_facts, given.arrays()), given.masked, out_dtype, dtype, variant, expected_m, early_weights)
     try:
         plan = _plans.get(key)
     except TypeError:  # an argument that cannot be hashed: planning says which, or is not cached
         plan = key = None  # type: ignore[assignment]
     if plan is None:
-        plan = plan_packed(given, out_dtype, dtype, expected_m, variant)
+        plan = plan_packed(given, out_dtype, dtype, expected_m, variant, early_weights)
         if key is not None:
             if len(_plans) >= MAX_PLANS:
                 _plans.clear()

@@ -242,6 +242,9 @@ class _Maker:
             gemm.a_scale_mode = layer.a2_scale_mode if self.static else abi.SM12X_SCALE_VECTOR
             if not self.static:
                 scratch[packed.a_scale.offset] = at.s2
+            gemm.early_weights = (
+                1  # what is in front writes rows; the offsets come from the launch before that
+            )
         content = bytearray(params)
         maps = second_maps(self.device, variant, "b", layer, weights.w2)
         content[packed.map_b.offset : packed.map_b.offset + len(maps)] = maps

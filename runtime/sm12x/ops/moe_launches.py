@@ -74,7 +74,7 @@ class Chain:
 
     __slots__ = (
         *("_base", "_context", "_context_at", "_device", "_places", "_stream"),
-        *("needed", "steps"),
+        *("in_graphs", "needed", "steps"),
     )
 
     def __init__(
@@ -90,6 +90,7 @@ class Chain:
     ) -> None:
         """`needed`: bytes of workspace; the others say where the addresses of a call belong."""
         self.steps, self.needed, self._device = steps, needed, device
+        self.in_graphs: Chain | None = None  # what to launch instead where a graph is being captured
         self._places = [  # assigning to an integer there takes two thirds of the time of struct's pack_into
             (ctypes.c_uint64.from_buffer(step.block.memory, at), which)
             for which, places in enumerate((x, topk_weights, topk_ids, out))

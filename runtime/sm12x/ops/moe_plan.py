@@ -128,24 +128,33 @@ class LayerPlan:
         except IndexError:
             chain = self._chain(plan)
         try:
-            base = 0
-            if workspace is not None:
-                base = self.base_in(workspace, plan, addresses, chain.needed)
             if chain.context_is_current():
-                self._launch(chain, stream, base, addresses)
+                self._launch(plan, chain, stream, addresses, workspace)
             else:
                 with driver.current(self.device):
-                    self._launch(chain, stream, base, addresses)
+                    self._launch(plan, chain, stream, addresses, workspace)
         finally:
             plan.chains.append(chain)
 
-    def _launch(self, chain: Chain, stream: int, base: int, addresses: tuple[int, int, int, int]) -> None:
-        """`base` 0: in memory of our own."""
-        if base:
-            chain.run(stream, base, *addresses)
+    def _launch(
+        self,
+        plan: CallPlan,
+        chain: Chain,
+        stream: int,
+        addresses: tuple[int, int, int, int],
+        workspace: int | None,
+    ) -> None:
+        capturing = False
+        if workspace is None or chain.in_graphs is not None:
+            capturing = driver.stream_is_capturing(self.device, stream)
+            if capturing:
+                chain = chain.in_graphs or chain  # each thread has its own pair
+        if workspace is not None:
+            chain.run(stream, self.base_in(workspace, plan, addresses, chain.needed), *addresses)
             return
         block = None
-        if self.device.ordinal < EMULATED:  # there, memory that was never used shows what reads it
+        # In the emulator, memory that was never used shows what reads it.
+        if not capturing and self.device.ordinal < EMULATED:
             block = block_of(self.device, stream, chain.needed)
         if block is None:
             with driver.temporary(self.device, chain.needed, stream) as base:
@@ -189,12 +198,16 @@ class LayerPlan:
         choice, lists = select_layer(plan.problem, manifest.default(), self.device.sm_count)
         if launch.LOG_SELECT:
             print("\n".join(lists), file=sys.stderr)
+        given = self.device, self.layer, self.weights, plan.call, plan.problem
         if choice.whole is not None:
-            return make_whole(self.device, self.layer, self.weights, plan.call, plan.problem, choice.whole)
+            chain = make_whole(*given, choice.whole)
+            if choice.several_in_graphs:
+                chain.in_graphs = make_chain(*given, choice)
+            return chain
         if launch.LOG_SELECT:
             apart = "a launch of their own" if choice.quantises_apart else "no launch of their own"
             print(f"sm12x select: rows of the second GEMM: {apart}", file=sys.stderr)
-        return make_chain(self.device, self.layer, self.weights, plan.call, plan.problem, choice)
+        return make_chain(*given, choice)
 
     def looks_right(self, plan: CallPlan, x: int, weights: int, ids: int, to: int) -> bool:
         """Whether a call's addresses show no sign of trouble; `_check` says which there is."""

@@ -53,7 +53,9 @@ class PackedPlan:
     launches: Launches | None
 
 
-def plan_packed(given: Given, out_dtype: Any, dtype: Any, expected_m: Any, variant: Any) -> PackedPlan:
+def plan_packed(
+    given: Given, out_dtype: Any, dtype: Any, expected_m: Any, variant: Any, early_weights: bool = False
+) -> PackedPlan:
     """Validate everything but addresses and prepare the launches. Raises as `sm12x.grouped_gemm` says."""
     operands = take_operands(given, out_dtype, dtype, expected_m)
     problem, groups = operands.problem, operands.problem.groups
@@ -65,7 +67,7 @@ def plan_packed(given: Given, out_dtype: Any, dtype: Any, expected_m: Any, varia
     made: Launches | None = None
     if groups and operands.rows:
         if choice.variant.family == "fp8_packed":
-            made = fp8_packed.make_launch(operands, choice, given.a.ptr, given.b.ptr)
+            made = fp8_packed.make_launch(operands, choice, given.a.ptr, given.b.ptr, early_weights)
         else:
             made = fp8_ptr_array.make_launch(operands, choice, given.b.ptr)
     needed = 0 if made is None else made.needed

@@ -33,10 +33,10 @@ driver.clear_after_fork(_blocks)
 
 
 def block_of(device: driver.Device, stream: int, size: int) -> Block | None:
-    """At least `size` bytes for calls on `stream`. None while it is being captured, because the graph may run
-    on any stream, beside others; and for the per-thread default stream, of which there are many. The device's
+    """At least `size` bytes for calls on `stream`, which is not being captured, because a graph may run on any
+    stream, beside others. None for the per-thread default stream, of which there are many. The device's
     context is current. Raises CudaError."""
-    if stream == PER_THREAD_STREAM or driver.stream_is_capturing(device, stream):
+    if stream == PER_THREAD_STREAM:
         return None
     found = _blocks.get((device.ordinal, stream))
     if found is not None and found.size >= size:

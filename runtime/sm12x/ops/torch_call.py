@@ -45,6 +45,7 @@ def run_known_torch_call(
     dtype: Any,
     variant: Any,
     expected_m: Any,
+    early_weights: Any,
 ) -> Missed | None:
     """Launch the call and return None where one like it was remembered; else, or where an address needs a
     closer look, do nothing and return what remembers it. Runs on torch's current stream of the plan's device.
@@ -67,7 +68,7 @@ def run_known_torch_call(
             tensors, given = (a, b, out, bounds, a_scale, b_scale, workspace), 1
         else:
             tensors, given = (a, b, out, bounds, a_scale, b_scale, workspace, row_index, row_weight), 7
-        key = (out.shape, masked, given, out_dtype, dtype, variant, expected_m)
+        key = (out.shape, masked, given, out_dtype, dtype, variant, expected_m, early_weights)
         known = _calls.get(key)
         if known is None:
             return key, tensors

@@ -19,7 +19,8 @@ FP8 = "float8_e4m3fn"
 # The factor by which quantising rows apart must be faster to be worth a launch more: host time, and a gap.
 APART_GAINS = 1.05
 # Up to so many routes of all tokens, and rows that an expert may expect, and for h so narrow, a layer is
-# one launch: it takes 2 or 3 % longer than four then, and saves the host three of them. Microseconds on an
+# one launch: it takes 2 or 3 % longer than four then, and saves the host three of them, but in a graph, where
+# there is nothing to save and four are taken. Microseconds on an
 # H200 with one and with four, 2026-11-23_layer_h200_2.json: gemma-4-26B-A4B (I 704) 26.0 and 25.6 at 1 token
 # of 8 routes, 39.4 and 38.2 at 2; Qwen3-30B-A3B (I 768) 23.0 and 22.4, 34.1 and 31.8. Fewer routes a token
 # were not timed. The kernel itself takes more routes and any width, but holds a row's codes for all its
@@ -88,12 +89,14 @@ class LayerProblem:
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
     """The kernels of a layer. `quantises_apart`: a launch between the GEMMs quantises the second's rows.
-    `whole`: the kernel that does all of the layer, instead of the others."""
+    `whole`: the kernel that does all of the layer, instead of the others; `several_in_graphs`: but not in a
+    CUDA graph, where those of several launches are faster and give the same bits."""
 
     up: Choice
     down: Choice
     quantises_apart: bool
     whole: Variant | None = None
+    several_in_graphs: bool = False
 
     @property
     def us(self) -> float:
@@ -116,7 +119,13 @@ def select_layer(problem: LayerProblem, held: Manifest, sms: int) -> tuple[Layer
     rounded = replace(problem, rows=_rounded(problem.rows), expected_rows=_rounded(problem.expected_rows))
     choice, lists = found = _select(rounded, held, sms)
     whole, reason = _whole(problem, held)
-    return (replace(choice, whole=whole), [*lists, f"sm12x select: {reason}"]) if reason else found
+    if not reason:
+        return found
+    if whole is None:
+        return choice, [*lists, f"sm12x select: {reason}"]
+    several = _same_bits(choice, whole)
+    reason += "; in a CUDA graph several launches" if several else ""
+    return replace(choice, whole=whole, several_in_graphs=several), [*lists, f"sm12x select: {reason}"]
 
 
 def _rounded(rows: int) -> int:
@@ -202,6 +211,15 @@ def _whole(problem: LayerProblem, held: Manifest) -> tuple[Variant | None, str]:
             )
         reasons.append(f"{variant.key} {why}")
     return None, "several launches: " + "; ".join(reasons) if reasons else ""
+
+
+def _same_bits(choice: LayerChoice, whole: Variant) -> bool:
+    """Whether several launches give the bits that the launch for all of the layer gives: the same tiles,
+    with K whole."""
+    return all(
+        each.variant.tile == whole.tile and each.variant.role != "gemm" and not each.least_units
+        for each in (choice.up, choice.down)
+    )
 
 
 def counts_units(choice: Choice) -> bool:

@@ -118,7 +118,7 @@ struct Down : PlainOperation {
   // The codes of 16 rows are held, in as many registers as the producers get then.
   static constexpr int mma_registers(bool, int tokens) { return tokens == 16 ? 168 : 192; }
   static constexpr bool kLoadsWeightsEarly = true;
-  static constexpr Bounds kBounds = Bounds::kFresh;
+  static constexpr Bounds kBounds = Bounds::kGiven;
 
   // The codes of the rows that a warp had last: pieces of the same rows follow each other.
   template <class Rows>

@@ -27,6 +27,7 @@
 #include <cute/util/type_traits.hpp>
 #include <sm12x/abi_packed.h>
 #include <sm12x/arch/copy.hpp>
+#include <sm12x/arch/grid.hpp>
 #include <sm12x/arch/math.hpp>
 #include <sm12x/arch/warp.hpp>
 
@@ -62,8 +63,7 @@ struct alignas(16) PackedWork {
 
 /// Where bounds come from.
 enum class Bounds {
-  kGiven,
-  kFresh,           ///< given, and to be read past L1, which may hold what they were before
+  kGiven,           ///< read past L1, which may hold what they were before
   kGivenOrCounted,  ///< given, or rows that the CTA itself has counted: groups follow each other
   kCounted          ///< the same, but rows of each group are numbered from 0
 };
@@ -213,7 +213,7 @@ class GroupWalker {
       int64_t wide[kPerLane + 1];
 #pragma unroll
       for (int i = 0; i <= kPerLane; ++i) {
-        wide[i] = load(bounds + min(first + i, last));
+        wide[i] = arch::load_past_l1(bounds + min(first + i, last));
       }
 #pragma unroll
       for (int i = 0; i <= kPerLane; ++i) {
@@ -221,9 +221,19 @@ class GroupWalker {
       }
     } else {
       auto const* const bounds = static_cast<int32_t const*>(bounds_);
+      bound[kPerLane] = arch::load_past_l1(bounds + min(first + kPerLane, last));
+      // One load instead of four wherever it can be: each is a trip to L2.
+      if (reinterpret_cast<uint64_t>(bounds) % 16 == 0 && first + kPerLane <= last + 1) {
+        int4 const four = arch::load_past_l1(reinterpret_cast<int4 const*>(bounds + first));
+        bound[0] = four.x;
+        bound[1] = four.y;
+        bound[2] = four.z;
+        bound[3] = four.w;
+      } else {
 #pragma unroll
-      for (int i = 0; i <= kPerLane; ++i) {
-        bound[i] = load(bounds + min(first + i, last));
+        for (int i = 0; i < kPerLane; ++i) {
+          bound[i] = arch::load_past_l1(bounds + min(first + i, last));
+        }
       }
 #pragma unroll
       for (int i = 0; i <= kPerLane; ++i) {
@@ -287,13 +297,6 @@ class GroupWalker {
     for (int i = 0; i <= kPerLane; ++i) {
       bound[i] = lane_ == 0 ? bound[i] : max(bound[i], before);
     }
-  }
-
-  __device__ static int64_t load(int64_t const* bound) {
-    return From == Bounds::kFresh ? __ldcg(reinterpret_cast<long long const*>(bound)) : *bound;
-  }
-  __device__ static int load(int32_t const* bound) {
-    return From == Bounds::kFresh ? __ldcg(bound) : *bound;
   }
 
   __device__ static int clamped(int64_t value, int limit) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include <sm12x/abi_moe.h>
+#include <sm12x/arch/grid.hpp>
 
 namespace sm12x::kernel {
 
@@ -50,9 +51,9 @@ struct RouteCounter {
       }
       int const route = first + 32 * i + int(threadIdx.x % 32);
       if (route < routes) {
-        asked.low[i] = __ldcg(ids + (int64_t(route) << wide));
+        asked.low[i] = arch::load_past_l1(ids + (int64_t(route) << wide));
         if (wide != 0) {
-          asked.high[i] = __ldcg(ids + (int64_t(route) << wide) + 1);
+          asked.high[i] = arch::load_past_l1(ids + (int64_t(route) << wide) + 1);
         }
       }
     }
@@ -107,7 +108,7 @@ struct RouteCounter {
     int id =
         high == 0 && low < uint32_t(up.expert_map != 0 ? up.map_size : experts) ? int(low) : -1;
     if (up.expert_map != 0 && id >= 0) {
-      id = __ldcg(reinterpret_cast<int32_t const*>(up.expert_map) + id);
+      id = arch::load_past_l1(reinterpret_cast<int32_t const*>(up.expert_map) + id);
     }
     return uint32_t(id) < uint32_t(experts) ? id : -1;
   }
