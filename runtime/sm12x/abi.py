@@ -52,6 +52,9 @@ SM12X_LAYER_STATE = 4
 SM12X_ROWS_PACKED = 0
 SM12X_ROWS_MASKED = 1
 
+SM12X_EARLY_WEIGHTS = 1
+SM12X_KEEP_RESULTS = 2
+
 SM12X_STATUS_OK = 0
 SM12X_STATUS_OFFSETS_DECREASE = 1
 SM12X_STATUS_OFFSETS_RANGE = 2
@@ -226,7 +229,7 @@ class sm12x_packed_params(ctypes.Structure):
         ("bias_type", ctypes.c_int32),
         ("out_type", ctypes.c_int32),
         ("least_units", ctypes.c_int32),
-        ("early_weights", ctypes.c_int32),
+        ("flags", ctypes.c_int32),
     ]
 
 

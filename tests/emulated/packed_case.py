@@ -75,7 +75,7 @@ class PackedCase:
             b_scale_mode=abi.SM12X_SCALE_VECTOR,
             out_type=abi.SM12X_OUT_BFLOAT16,
             least_units=least_units,
-            early_weights=early_weights,
+            flags=abi.SM12X_EARLY_WEIGHTS if early_weights else 0,
         )
         maps = encode_map(variant, "a", a, (self.k, total, 1), (self.k, total * self.k))
         for size in range(variant.weight_maps):

@@ -111,6 +111,26 @@ def test_the_readme_has_the_packed_main_loops_as_they_are(
     assert table in README.read_text(), "run python cuda/tools/main_loop.py --shipped"
 
 
+def test_the_thread_that_loads_weights_does_not_yield(
+    manifest: dict[str, Any], kernels: dict[str, sass.Kernel]
+) -> None:
+    """ptxas puts a YIELD into such loops where it takes a load for synchronisation (arch/grid.hpp), at which
+    the thread stands back for its warp's other lanes. On SM12x it does so in fp8_up and fp8_down whatever the
+    loads are; nobody knows what that costs there."""
+    seen, problems = 0, []
+    for _, variant, target, path in _cubins(manifest):
+        family = variant["family"]
+        if family == "fp8_packed" or (family in ("fp8_up", "fp8_down") and target == "sm_90a"):
+            code = kernels[path].instructions
+            loads = [index for index, each in enumerate(code) if each.name == "UTMALDG"]
+            cycles = [cycle for index in loads if (cycle := kernels[path].shortest_cycle(index))]
+            assert len(cycles) > 1, path
+            seen += 1
+            problems += [path for cycle in cycles if any(each.name == "YIELD" for each in cycle)]
+    assert seen > 80
+    assert problems == []
+
+
 def test_kernel_has_its_symbol(manifest: dict[str, Any], kernels: dict[str, sass.Kernel]) -> None:
     for _, variant, _, path in _cubins(manifest):
         assert kernels[path].name == variant["symbol"]
@@ -119,6 +139,14 @@ def test_kernel_has_its_symbol(manifest: dict[str, Any], kernels: dict[str, sass
 # The reader of SASS itself, on listings with planted violations. Each has two warp roles: a producer loop
 # that may use local memory, and a consumer loop with the MMA whose wait the assembler moved behind the end of
 # the kernel.
+
+
+def test_the_shortest_cycle_is_that_of_the_innermost_loop() -> None:
+    (planted,) = sass.parse(LISTING)
+    names = [each.name for each in planted.instructions]
+    assert [each.name for each in planted.shortest_cycle(names.index("LDL"))] == ["BRA", "STL", "LDL"]
+    assert planted.shortest_cycle(names.index("S2R")) == []
+
 
 LISTING = """
 \t.section\t.text.planted,"ax",@progbits

@@ -135,6 +135,12 @@ def rows_scale(static, dynamic):
     return {"a_scale": 0, "a_scale_mode": abi.SM12X_SCALE_VALUE, "a_scale_value": number}
 
 
+def kept(given, rows):
+    """Results of both GEMMs leave L2 last where they are 8 MiB at most."""
+    _, hidden, inner = given["w2"].extents
+    return abi.SM12X_KEEP_RESULTS if 2 * rows * (hidden + inner) <= 8 << 20 else 0
+
+
 def expected_gemm(given, call, which, **more):
     """All of sm12x_packed_params but its maps; `more` has what differs between the two."""
     weights_ = given[f"w{which}"]
@@ -156,7 +162,7 @@ def expected_gemm(given, call, which, **more):
         "bounds_are_64_bit": 0,
         "row_index_is_64_bit": 0,
         "least_units": 0,
-        "early_weights": 0,
+        "flags": kept(given, rows),
         **scale_facts(given.get(f"w{which}_scale"), "b_scale", n),
         **bias_facts(given.get(f"bias{which}")),
         **more,
@@ -220,11 +226,11 @@ def expected_down(given, call, parts, quantises, **more):
         bounds=parts["offsets"],
         stride_d=call["x"].extents[1],
         out_type=abi.OUT_TYPES[call["x"].dtype.name],
-        early_weights=int(not quantises),  # fp8_down loads them early in any case
         **scale,
         **{"row_weight": 0 if given.get("apply_router_weight_on_input") else parts["row_weight"], **more},
     )
     if not quantises:
+        gemm["flags"] |= abi.SM12X_EARLY_WEIGHTS  # fp8_down loads them early in any case
         return gemm
     more = {"row_maxima": parts["maxima"], "a_type": abi.OUT_TYPES[call["x"].dtype.name]}
     return {**{f"gemm.{name}": each for name, each in gemm.items()}, **more}

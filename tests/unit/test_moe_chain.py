@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from sm12x import abi, manifest
+from sm12x.ops import moe_chain
 from unit.fake_driver import CONTEXT, install
 from unit.layer_cases import ACTIVATIONS, INNER, STREAM, TOP, E, H, T, force, keys, make, tokens, weights
 from unit.layer_params import (
@@ -128,6 +129,14 @@ def test_rows_quantised_apart_are_five_launches(fake, monkeypatch):
     p = found["down"].params
     assert address_of(p.map_a) == p.a == found["quantise"].params.q
     assert text_of(p.map_a) == f"0 3 {[INNER, T * TOP, 1]} {[INNER, INNER]} [64, 16, 1] 2 2"
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_results_leave_l2_last_where_they_are_few(fake, monkeypatch, more):
+    monkeypatch.setattr(moe_chain, "MOST_KEPT_BYTES", 2 * T * TOP * (H + INNER) - more)
+    found = launched(fake, make(weights(fake)), tokens(fake))
+    kept = 0 if more else abi.SM12X_KEEP_RESULTS
+    assert (found["up"].params.gemm.flags, found["down"].params.gemm.flags) == (kept, kept)
 
 
 def test_the_attribute_of_programmatic_launch_is_the_manifests(fake, monkeypatch):

@@ -84,7 +84,7 @@ def expected(given, call, base, state):
         **{"a": h, "d": y, "row_weight": 0, "partials": 0, "counters": 0, "rows": routes, "a_rows": routes},
         **{"stride_a": inner, "stride_d": hidden, "stride_d_group": 0, "n": hidden, "k": inner},
         **{"num_groups": experts, "row_layout": abi.SM12X_ROWS_PACKED, "bounds_are_64_bit": 0},
-        **{"row_index_is_64_bit": 0, "least_units": 0, "early_weights": 0, "out_type": kind},
+        **{"row_index_is_64_bit": 0, "least_units": 0, "flags": 0, "out_type": kind},
         **scale_facts(given.get("w2_scale"), "b_scale", hidden),
         **bias_facts(given.get("bias2")),
     }
@@ -92,6 +92,7 @@ def expected(given, call, base, state):
         **{f"up.{name}": each for name, each in up.items()},
         **{f"up.gemm.{name}": each for name, each in none.items()},
         "up.gemm.stride_a": x.steps[0] if count > 1 else hidden,
+        "up.gemm.flags": 0,
         "up.topk_ids": call["topk_ids"].address,
         "up.row_maxima": 0,
         **{f"down.{name}": each for name, each in down.items()},

@@ -25,6 +25,15 @@ enum sm12x_row_layout {
   SM12X_ROWS_MASKED = 1  /* group e has the first bounds[e] of its own `rows` rows */
 };
 
+/* What a packed kernel may do besides. */
+enum sm12x_packed_flags {
+  /* Bounds and weights are not what the grid in front writes, and are read before it has ended. The kernels of
+   * fp8_up and fp8_down do so in any case. */
+  SM12X_EARLY_WEIGHTS = 1,
+  /* Results leave L2 last, because what comes next reads them: they have to be few. */
+  SM12X_KEEP_RESULTS = 2
+};
+
 /* Tensor maps of the weights of a packed kernel: they differ in the features of a box, of which map i has
  * twice as many as map i - 1. A variant uses as many of them as it needs to load any piece in few boxes. */
 #define SM12X_WEIGHT_MAPS 6
@@ -70,9 +79,7 @@ typedef struct sm12x_packed_params {
   int32_t
       least_units; /* 0: CTAs take whole tiles in turns, swapped kernels runs of strips. Else split-K: CTAs take equal runs of
                           k-tiles, of at least so many */
-  int32_t
-      early_weights; /* with PDL: bounds and weights are not what the grid in front writes, and are read before it has
-                            ended. fp8_packed; the expert layer's kernels do so in any case */
+  int32_t flags;   /* of enum sm12x_packed_flags, or'ed */
 } sm12x_packed_params;
 
 #ifdef __cplusplus

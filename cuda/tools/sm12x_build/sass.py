@@ -77,6 +77,26 @@ class Kernel:
             found.append([self.instructions[index] for index in sorted(members)])
         return sorted(found, key=lambda loop: loop[0].address)
 
+    def shortest_cycle(self, index: int) -> list[Instruction]:
+        """The instructions on the shortest way from an instruction round to itself, in order, it last: those
+        of the innermost loop that it lies in. None where it lies in no loop."""
+        successors = self.successors()
+        came_from = dict.fromkeys(successors[index], index)
+        waiting = list(came_from)
+        for at in waiting:  # breadth first: it grows meanwhile
+            if at == index:
+                break
+            for following in successors[at]:
+                if following not in came_from:
+                    came_from[following] = at
+                    waiting.append(following)
+        if index not in came_from:
+            return []
+        path = [index]
+        while (before := came_from[path[-1]]) != index:
+            path.append(before)
+        return [self.instructions[each] for each in reversed(path)]
+
     def _targets(self, index: int) -> list[int]:
         instruction = self.instructions[index]
         names = _TARGET.findall(instruction.operands)

@@ -254,7 +254,7 @@ def make_launch(
         bias_type=0 if operands.bias is None else abi.BIAS_TYPES[operands.bias],
         out_type=abi.OUT_TYPES[problem.out],
         least_units=choice.least_units,
-        early_weights=int(early_weights),
+        flags=abi.SM12X_EARLY_WEIGHTS if early_weights else 0,
     )
     content = bytearray(params)
     k, n, groups = problem.k, problem.n, problem.groups

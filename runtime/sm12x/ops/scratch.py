@@ -33,7 +33,7 @@ driver.clear_after_fork(_blocks)
 
 
 def block_of(device: driver.Device, stream: int, size: int) -> Block | None:
-    """At least `size` bytes for calls on `stream`, which is not being captured, because a graph may run on any
+    """At least `size` bytes for calls on `stream`, which is not being captured: a graph may run on any
     stream, beside others. None for the per-thread default stream, of which there are many. The device's
     context is current. Raises CudaError."""
     if stream == PER_THREAD_STREAM:

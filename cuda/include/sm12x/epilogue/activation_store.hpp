@@ -13,6 +13,7 @@
 
 #include <sm12x/abi_moe.h>
 #include <sm12x/arch/copy.hpp>
+#include <sm12x/arch/store.hpp>
 #include <sm12x/epilogue/activation.hpp>
 #include <sm12x/epilogue/chunk_store.hpp>
 #include <sm12x/epilogue/quantise.hpp>
@@ -168,10 +169,13 @@ class ActivationStore
         pieces[row_set * kBlocks + block] = SwapAb ? arch::transpose_matrix(pair) : pair;
       }
     }
+    arch::CachePolicy const policy = params_.flags & SM12X_KEEP_RESULTS
+                                         ? arch::CachePolicy::kEvictLast
+                                         : arch::CachePolicy::kEvictNormal;
     store_chunks<kRowSets, kBlocks>(pieces, [&](int row_set, int block, uint4 const& chunk) {
       int const token = chunk_token(row_set);
       if (token < tile_.rows && holds(block)) {
-        *reinterpret_cast<uint4*>(address<uint16_t>(token, first_feature(block))) = chunk;
+        arch::store_16_bytes(address<uint16_t>(token, first_feature(block)), chunk, policy);
       }
     });
     if (!Scales::kIsListed && up_.row_maxima != 0) {

@@ -13,6 +13,7 @@
 
 #include <sm12x/abi_packed.h>
 #include <sm12x/arch/copy.hpp>
+#include <sm12x/arch/store.hpp>
 #include <sm12x/epilogue/chunk_store.hpp>
 #include <sm12x/epilogue/tile_scales.hpp>
 #include <sm12x/kernel/packed_scheduler.hpp>
@@ -112,11 +113,14 @@ class RowStore : private TileScales<SwapAb, AtomsM, AtomsN, StepM, StepN, true, 
     // side.
     constexpr int kTokenStep = SwapAb ? StepN : StepM;
     constexpr int kFeatureStep = SwapAb ? StepM : StepN;
+    arch::CachePolicy const policy = params_.flags & SM12X_KEEP_RESULTS
+                                         ? arch::CachePolicy::kEvictLast
+                                         : arch::CachePolicy::kEvictNormal;
     store_chunks<kRowSets, kBlocks>(pieces, [&](int row_set, int block, uint4 const& chunk) {
       int const token = token_ + row_set / 2 * kTokenStep + row_set % 2 * 8 + lane() / 4;
       int const feature = feature_ + block / 2 * kFeatureStep + block % 2 * 8;
       if (token < tile_.rows && feature < tile_.feature_end) {
-        *reinterpret_cast<uint4*>(address<uint16_t>(token, feature)) = chunk;
+        arch::store_16_bytes(address<uint16_t>(token, feature), chunk, policy);
       }
     });
   }

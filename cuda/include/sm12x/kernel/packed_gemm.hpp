@@ -507,8 +507,8 @@ class PackedGemm {
     if (Roles == kProducers && warp >= kTokensWarp + kTokensWarps) {
       return;
     }
-    bool const is_early =
-        (Operation::kLoadsWeightsEarly || params.early_weights) && warp == kWeightsWarp;
+    bool const is_early = (Operation::kLoadsWeightsEarly || params.flags & SM12X_EARLY_WEIGHTS) &&
+                          warp == kWeightsWarp;
     if (Config::kPdl && !is_early) {
       arch::wait_on_prerequisite_grids();
       arch::launch_dependent_grids();
