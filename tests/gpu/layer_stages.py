@@ -19,9 +19,9 @@ from sm12x.select.layer import LayerChoice
 TINY = 2.0**-8  # tokens below are quantised too coarsely for the layer's error to say anything
 LAYER_LIMIT = 2e-2  # relative Frobenius error of a token
 # A token may be further off where a last bit of h shifts a row's scale, and with it a part of its codes, or
-# where its rows all but cancel: relative to its rows together, by the step of a code, which is an eighth of the
-# smallest that has it (0.0605 were seen of one in 65,536 tokens, I 48), and if the sum in float64 of rows from
-# our own codes is within the second figure, which is that of their rounding.
+# where its rows all but cancel: relative to its rows together, by the step of a code, which is an eighth of
+# the smallest that has it (0.0605 were seen once in 65,536 tokens, I 48), and if the sum in float64 of rows
+# from our own codes is within the second figure, which is that of their rounding.
 REQUANTISED_LIMIT, EXPLAINED = 2.0**-3, 4e-3
 
 # What is measured of a layer, and the most that passes.
