@@ -1,12 +1,12 @@
 """How good the choices of `sm12x.select` are on measured times, and which constants would fit them best.
 
     python tests/benchmarks/fit_select.py tests/benchmarks/results/FILE.json [MORE.json ...]
-    [--sms N] [--fit NAME,NAME] [--rounds N] [--search N] [--seed N]
+    [--early] [--sms N] [--fit NAME,NAME] [--rounds N] [--search N] [--seed N]
 
 Needs no GPU. A file has `arch` and `rows`. A row has `model`, `gemm`, `T`, `E` (or `experts`), `K`, `N` and
 `times`; `top_k` where it is not the model's own; `gathers` true where rows came through an index. `times`
 maps "VARIANT" (K whole) and "VARIANT:split" to microseconds or to an object with `median_us`. Other
-contenders in it are left out.
+contenders in it are left out. With --early all are taken for calls with early weights.
 
 Printed: for every row the choice, the best variant and the loss of the choice over it; geometric mean and
 worst loss; how far predictions are off; the constants of sm12x/select/rates.py that fit the times best, and
@@ -37,13 +37,14 @@ from sm12x.select import Problem
 from sm12x.select import model as cost
 from sm12x.select.problem import expected_groups, fits
 from sm12x.select.ranking import least_units, worth
-from sm12x.select.rates import DRAM, FAMILIES, RATES
+from sm12x.select.rates import DRAM, EARLY_FAMILIES, EARLY_RATES, FAMILIES, RATES
 from sm12x.validation.shapes import MOE_GEMMS
 
 E4M3 = "float8_e4m3fn"
 # Not fitted: the clock only scales the others, a launch cannot be told from the kernel's start, and DRAM is
 # measured by a kernel that only reads.
 FITTED_RATES = ("sm", "l2", "mma", "operand", "k_tile", "value", "overlap")
+EARLY = " early"  # behind an architecture or a family: of calls with early weights
 SPLIT_RATES, GATHER_RATES = ("fix_up",), ("gathered", "handed", "lookup")
 FITTED_FAMILY = ("start", "setup", "cut", "hollow", "tile")
 HELD = 0.05  # weight of a constant's distance, in logarithms, from where it was
@@ -76,7 +77,7 @@ class Row:
 # ---------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path, variants: dict[str, Variant], sms: int | None) -> list[Row]:
+def read_rows(path: Path, variants: dict[str, Variant], sms: int | None, early: bool = False) -> list[Row]:
     """Rows of a file that have two or more times to choose among. Raises ValueError for what is no such file,
     and for a kernel of ours that the manifest does not hold."""
     raw = json.loads(path.read_text(encoding="utf-8"))
@@ -86,11 +87,13 @@ def read_rows(path: Path, variants: dict[str, Variant], sms: int | None) -> list
     count = sms or raw.get("sm_count") or (next(iter(DRAM[arch])) if len(DRAM[arch]) == 1 else None)
     if count is None:
         raise ValueError(f"{path}: no `sm_count`, and {arch} has several: give --sms")
-    rows = [_row(path, each, arch, count, variants) for each in raw["rows"] if "times" in each]
+    rows = [_row(path, each, arch, count, variants, early) for each in raw["rows"] if "times" in each]
     return [row for row in rows if len(row.times) > 1]
 
 
-def _row(path: Path, raw: dict[str, Any], arch: str, sms: int, variants: dict[str, Variant]) -> Row:
+def _row(
+    path: Path, raw: dict[str, Any], arch: str, sms: int, variants: dict[str, Variant], early: bool
+) -> Row:
     experts = raw["E"] if "E" in raw else raw["experts"]
     top_k = raw.get("top_k")
     if top_k is None:
@@ -108,6 +111,7 @@ def _row(path: Path, raw: dict[str, Any], arch: str, sms: int, variants: dict[st
         n=raw["N"],
         k=raw["K"],
         gathers=bool(raw.get("gathers", False)),
+        early=early,
     )
     groups = expected_groups(problem)
     times = []
@@ -214,24 +218,35 @@ def constants_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
     if any(row.problem.gathers for row in rows):
         names += GATHER_RATES
     families = sorted({time.variant.family for time in times})
-    found = [(arch, name) for name in names]
-    found += [(family, name) for family in families for name in FITTED_FAMILY]
+    early = EARLY if rows[0].problem.early else ""
+    found = [(arch + early, name) for name in names]
+    found += [(family + early, name) for family in families for name in FITTED_FAMILY]
     return [where for where in found if get_constant(where) > 0.0]
 
 
 def get_constant(where: tuple[str, str]) -> float:
     """The constant's present value."""
     entry, name = where
-    return float(getattr(FAMILIES[entry] if entry in FAMILIES else RATES[entry], name))
+    table, key = _table(entry)
+    return float(getattr(table[key], name))
+
+
+def _table(entry: str) -> tuple[dict[str, Any], str]:
+    """The table of rates.py that has an entry, which gets one of its own there, and the key."""
+    key = entry.removesuffix(EARLY)
+    late: dict[str, Any] = FAMILIES if key in FAMILIES else RATES
+    if key == entry:
+        return late, key
+    early: dict[str, Any] = EARLY_FAMILIES if key in FAMILIES else EARLY_RATES
+    early.setdefault(key, late[key])
+    return early, key
 
 
 def set_constant(where: tuple[str, str], value: float) -> None:
     """Sets a constant in this process."""
     entry, name = where
-    if entry in FAMILIES:
-        FAMILIES[entry] = replace(FAMILIES[entry], **{name: value})
-    else:
-        RATES[entry] = replace(RATES[entry], **{name: value})
+    table, key = _table(entry)
+    table[key] = replace(table[key], **{name: value})
 
 
 def fit(rows: Sequence[Row], which: Sequence[tuple[str, str]], rounds: int) -> None:
@@ -337,13 +352,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--sms", type=int, help="SMs of the device, where the file does not say")
+    parser.add_argument("--early", action="store_true", help="the calls had early weights")
     parser.add_argument("--fit", help="names of constants to fit, by commas; default: all that the rows show")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--search", type=int, default=0, help="random steps instead of the fit")
     parser.add_argument("--seed", type=int, default=0, help="of the search")
     options = parser.parse_args()
     variants = {variant.key: variant for variant in manifest.default().gemms()}
-    rows = [row for path in options.files for row in read_rows(path, variants, options.sms)]
+    rows = [row for path in options.files for row in read_rows(path, variants, options.sms, options.early)]
     if not rows:
         print("no row has two times to choose among", file=sys.stderr)
         return 1

@@ -252,7 +252,7 @@ def describe(choice: LayerChoice) -> str:
     def name(each: Any) -> str:
         return str(each.variant.key) + (":split" if each.least_units else "")
 
-    if choice.whole is not None and is_one_launch(choice):
+    if choice.whole is not None and not choice.several_in_graphs:
         return str(choice.whole.key)
     return f"{name(choice.up)}, {name(choice.down)}" + (", quantised apart" if choice.quantises_apart else "")
 

@@ -44,8 +44,9 @@ class PackedCase:
     def output(self, m, params):
         return m.download(params.d, (sum(self.rows), self.n), self.out_type)
 
-    def parameters(self, m, variant, ctas, *, least_units=0, early_weights=False):
-        """Uploads the operands and says where they are, as a launch takes it."""
+    def parameters(self, m, variant, ctas, *, least_units=0, early_weights=False, shift=0):
+        """Uploads the operands and says where they are, as a launch takes it. `shift`: offsets begin so many
+        words behind a multiple of 256 bytes."""
         total, groups = sum(self.rows), len(self.rows)
         a = _upload_rows(m, self.a, "a")
         b = self.b_address = _upload_rows(m, self.b, "b")
@@ -57,7 +58,7 @@ class PackedCase:
         params = abi.sm12x_packed_params(
             a=a,
             d=d,
-            bounds=m.upload(self.offsets, "offsets"),
+            bounds=m.upload(np.r_[np.full(shift, -1), self.offsets].astype(np.int32), "offsets") + 4 * shift,
             a_scale=m.upload(self.a_scale, "a_scale"),
             b_scale=m.upload(self.b_scale, "b_scale"),
             partials=partials,

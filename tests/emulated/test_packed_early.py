@@ -89,3 +89,18 @@ def test_what_is_read_early_is_noticed_where_the_grid_in_front_writes_it(key, wr
 def test_without_the_promise_the_grid_in_front_may_write_all(key, written):
     seed = odd_seed()
     run(key, written, early=False, least_units=0, seed=seed)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 4, 5, 130])
+def test_offsets_may_begin_at_any_word(groups):
+    """They are read four at a time where they lie so, never behind the last one."""
+    key = KEYS[0]
+    variant = manifest.default().variants[key]
+    for shift in range(4):
+        m = Machine()
+        seed = odd_seed()
+        rows = [1, *((i + shift) % 3 for i in range(1, groups))]
+        case = PackedCase(rows, 8, 64, seed)
+        params = case.parameters(m, variant, 2, shift=shift)
+        m.run_shipped(key, 2, params, seed=seed)
+        assert case.error_ratio(case.output(m, params)) <= 1, (groups, shift)

@@ -115,8 +115,8 @@ def test_the_thread_that_loads_weights_does_not_yield(
     manifest: dict[str, Any], kernels: dict[str, sass.Kernel]
 ) -> None:
     """ptxas puts a YIELD into such loops where it takes a load for synchronisation (arch/grid.hpp), at which
-    the thread stands back for its warp's other lanes. On SM12x it does so in fp8_up and fp8_down whatever the
-    loads are; nobody knows what that costs there."""
+    the thread stands back for its warp's other lanes. On SM12x it does so in fp8_up and fp8_down too, because
+    of exact divisions, which are calls; what that costs there nobody has measured."""
     seen, problems = 0, []
     for _, variant, target, path in _cubins(manifest):
         family = variant["family"]

@@ -130,10 +130,10 @@ def test_fewer_tiles_than_sms_still_use_all_of_dram(gemms, arch):
 
 def test_enough_work_is_not_split(gemms):
     """Where split-K promises less than half a percent, its workspace is not worth it."""
-    problem = packed(64, n=14336, k=2048, arch="sm_90a")
+    problem = packed(1024, n=28672, arch="sm_120a")
     choice = best(problem, gemms)
     assert choice.least_units == 0
-    splits = [other.us for other in select(problem, gemms, SMS["sm_90a"]) if other.least_units]
+    splits = [other.us for other in select(problem, gemms, SMS["sm_120a"]) if other.least_units]
     assert min(splits) < choice.us, "the problem does not show it"
 
 

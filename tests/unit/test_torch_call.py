@@ -98,6 +98,13 @@ def test_other_options_are_another_call(remembered, changed):
         sm12x.grouped_gemm(**complete(remembered), **changed)
 
 
+@pytest.mark.parametrize("early", [0, 1, None])
+def test_what_is_no_bool_is_refused_though_it_equals_one(remembered, early):
+    with pytest.raises(TypeError, match="early_weights: expected a bool"):
+        sm12x.grouped_gemm(**complete(remembered), early_weights=early)
+    assert remembered.launches == []
+
+
 def test_a_lazily_negated_scale_is_not_mistaken_for_a_plain_one(remembered):
     args = complete(remembered)
     args["a_scale"].is_neg = lambda: True

@@ -30,7 +30,7 @@ enum sm12x_packed_flags {
   /* Bounds and weights are not what the grid in front writes, and are read before it has ended. The kernels of
    * fp8_up and fp8_down do so in any case. */
   SM12X_EARLY_WEIGHTS = 1,
-  /* Results leave L2 last, because what comes next reads them: they have to be few. */
+  /* Results of two bytes leave L2 last, because what comes next reads them: they have to be few. */
   SM12X_KEEP_RESULTS = 2
 };
 

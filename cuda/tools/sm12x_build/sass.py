@@ -78,8 +78,8 @@ class Kernel:
         return sorted(found, key=lambda loop: loop[0].address)
 
     def shortest_cycle(self, index: int) -> list[Instruction]:
-        """The instructions on the shortest way from an instruction round to itself, in order, it last: those
-        of the innermost loop that it lies in. None where it lies in no loop."""
+        """The instructions on the shortest way from an instruction round to itself, in order, it last: in
+        the innermost loop that it lies in. Empty where it lies in no loop."""
         successors = self.successors()
         came_from = dict.fromkeys(successors[index], index)
         waiting = list(came_from)

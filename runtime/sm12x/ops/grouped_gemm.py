@@ -89,11 +89,13 @@ def grouped_gemm(
     dtype: FP8 type of uint8 operands, or a pair (for a, for b).
     variant: key of the kernel to use (`python -m sm12x kernels`); ":split" behind it has several CTAs share
       out the K of a tile, ":whole" never. None: the best for the shape (SM12X_LOG=select prints why).
-    early_weights: a promise, of a packed or masked call: what is right in front of it on the stream writes
-      neither `b` nor `offsets` or `rows`, and lets the call begin no sooner than all in front of itself has
-      ended (so do all kernels of this package, and all that never execute griddepcontrol.launch_dependents).
-      Weights may then be loaded while that is still running: while rows are being quantised, say. Where the
-      promise is broken, results are undefined. No effect on NumPy arrays and on variants of fp8_ptr_array.
+    early_weights: a promise, of a packed or masked call: what is right in front of it on the stream (and work
+      of other streams that this one was made to wait for since) writes neither `b` nor `offsets` or `rows`.
+      Weights may then be loaded while that is still running: while rows are being quantised, say. The kernel
+      in front may be any of this package, any that is launched without the attribute of programmatic
+      dependent launch, or one whose CTAs all execute griddepcontrol.wait before they trigger or end. Where
+      the promise is broken, results are wrong, and those of later calls with the same workspace may be. No
+      effect on NumPy arrays and on variants of fp8_ptr_array.
     backend: "auto": torch, CuPy, JAX and other DLPack arrays run on the GPU they lie on, NumPy arrays on the
       CPU, in `sm12x.reference`; workspace, stream and variant are then refused. "emulator": NumPy arrays and
       others in host memory run the GPU's kernels in `sm12x.emulator`, which needs no GPU; slowly; stream is

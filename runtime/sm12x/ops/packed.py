@@ -6,7 +6,7 @@ finds a sign of trouble, `refuse` says which argument it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..arrays import Array
@@ -59,7 +59,7 @@ def plan_packed(
     """Validate everything but addresses and prepare the launches. Raises as `sm12x.grouped_gemm` says."""
     operands = take_operands(given, out_dtype, dtype, expected_m)
     problem, groups = operands.problem, operands.problem.groups
-    choice = launch.choose(problem, variant, operands.device)
+    choice = launch.choose(replace(problem, early=early_weights), variant, operands.device)
     around = groups if given.masked else 1
     a = row_layout.whole(operands.a, around, operands.a_group)
     b = row_layout.whole(operands.b, groups, operands.b_group)

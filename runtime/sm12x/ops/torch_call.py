@@ -51,6 +51,8 @@ def run_known_torch_call(
     closer look, do nothing and return what remembers it. Runs on torch's current stream of the plan's device.
     """
     start = base = index = weight = 0
+    if early_weights is not True and early_weights is not False:  # 1 == True, and would be found as that
+        return _NEVER
     try:
         if a_scale is b_scale and type(b_scale) in _tensor_types:  # a guard takes no tensor twice
             b_scale = b_scale.detach()

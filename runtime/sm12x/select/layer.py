@@ -19,12 +19,12 @@ FP8 = "float8_e4m3fn"
 # The factor by which quantising rows apart must be faster to be worth a launch more: host time, and a gap.
 APART_GAINS = 1.05
 # Up to so many routes of all tokens, and rows that an expert may expect, and for h so narrow, a layer is
-# one launch: it takes 2 or 3 % longer than four then, and saves the host three of them, but in a graph, where
-# there is nothing to save and four are taken. Microseconds on an
-# H200 with one and with four, 2026-11-23_layer_h200_2.json: gemma-4-26B-A4B (I 704) 26.0 and 25.6 at 1 token
-# of 8 routes, 39.4 and 38.2 at 2; Qwen3-30B-A3B (I 768) 23.0 and 22.4, 34.1 and 31.8. Fewer routes a token
-# were not timed. The kernel itself takes more routes and any width, but holds a row's codes for all its
-# pieces only up to 768 of them.
+# one launch: it takes 3 or 4 % longer than four then, and saves the host three of them. Microseconds on an
+# H200 with one and with four, 2026-11-24_layer_h200_3.json: gemma-4-26B-A4B (I 704) 25.6 and 24.7 at 1 token
+# of 8 routes, 37.3 and 35.7 at 2; Qwen3-30B-A3B (I 768) 22.4 and 21.5, 34.4 and 31.1. In a graph the host has
+# nothing to save: it gets four where all 8 routes are expected here. Fewer were not timed; with none of them
+# here one launch takes 5.0, four 7.2. The kernel itself takes more routes and any width, but holds a row's
+# codes for all its pieces only up to 768 of them.
 MOST_WHOLE_ROUTES = 8
 MOST_WHOLE_ROWS = 2
 MOST_WHOLE_WIDTH = 768
@@ -67,6 +67,7 @@ class LayerProblem:
             gathers=True,
             role="up",
             gated=self.gated,
+            early=True,
         )
 
     def down(self, rows: int, *, quantises: bool) -> Problem:
@@ -83,6 +84,7 @@ class LayerProblem:
             k=self.intermediate,
             weighted=self.weighted,
             role="down" if quantises else "gemm",
+            early=True,
         )
 
 
@@ -90,7 +92,7 @@ class LayerProblem:
 class LayerChoice:
     """The kernels of a layer. `quantises_apart`: a launch between the GEMMs quantises the second's rows.
     `whole`: the kernel that does all of the layer, instead of the others; `several_in_graphs`: but not in a
-    CUDA graph, where those of several launches are faster and give the same bits."""
+    CUDA graph, where those of several launches give the same bits and are faster."""
 
     up: Choice
     down: Choice
@@ -123,7 +125,7 @@ def select_layer(problem: LayerProblem, held: Manifest, sms: int) -> tuple[Layer
         return found
     if whole is None:
         return choice, [*lists, f"sm12x select: {reason}"]
-    several = _same_bits(choice, whole)
+    several = problem.expected_rows >= MOST_WHOLE_ROUTES and _same_bits(choice, whole)
     reason += "; in a CUDA graph several launches" if several else ""
     return replace(choice, whole=whole, several_in_graphs=several), [*lists, f"sm12x select: {reason}"]
 

@@ -34,7 +34,7 @@ from math import ceil
 
 from ..manifest import Variant
 from .problem import Groups, Problem, strip_of, takes_runs, units_upper_bound
-from .rates import FAMILIES, RATES, dram
+from .rates import FAMILIES, dram, family_of, rates_of
 
 MMA_M, MMA_K = 16, 32  # of one MMA instruction
 OUT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
@@ -256,13 +256,13 @@ def of_split(problem: Problem, work: Work, variant: Variant, sms: int, least_uni
         k_tiles=run,
         all_tokens=work.tokens,
         reading=_reading(problem, work, share, sms),
-        split=RATES[problem.arch].fix_up + parts * 4.0 * values / _ceiling(problem) / 1e3,
+        split=rates_of(problem.arch, problem.early).fix_up + parts * 4.0 * values / _ceiling(problem) / 1e3,
     )
 
 
 def _ceiling(problem: Problem) -> float:
     # Bytes per nanosecond that one SM pulls at most.
-    rates = RATES[problem.arch]
+    rates = rates_of(problem.arch, problem.early)
     return rates.sm * rates.clock
 
 
@@ -279,7 +279,7 @@ def _choice(
     busiest: Busiest,
     least_units: int,
 ) -> Choice:
-    rates, family = RATES[problem.arch], FAMILIES[variant.family]
+    rates, family = rates_of(problem.arch, problem.early), family_of(variant.family, problem.early)
     launches = 0
     if family.prepared:
         launches = -(-problem.groups // family.prepared) if problem.kind == "list" else 1

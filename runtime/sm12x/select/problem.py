@@ -22,7 +22,8 @@ class Problem:
     many a group has, 0 for none. "list": `shapes` holds (m, n, k) of every group, and n, k are 0.
     `gathers`: rows are read through a row index. `weighted`: rows of the result are multiplied by row_weight.
     `role`: that of the kernel, "gemm", or "up" and "down" for the two GEMMs of an expert layer; `gated`: of
-    "up", whether half of the n rows of weights are gates.
+    "up", whether half of the n rows of weights are gates. `early`: weights are loaded before the launch in
+    front has ended.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Problem:
     expected_rows: int = 0
     role: str = "gemm"
     gated: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,14 @@ __device__ __forceinline__ void launch_dependent_grids() {
   asm volatile("griddepcontrol.launch_dependents;");
 }
 
-/// Global memory that an earlier grid may have written after this one began: not kept in L1, where a later grid would
-/// find it as it is now.
+/// Global memory that an earlier grid may have written not long before this one began: not kept in L1, so that none of
+/// our grids leaves there what is old to the next one. It is a hint. What others have left in L1, launching a grid
+/// makes it forget; nobody documents that for a launch before the end of the grid in front, where what is read is two grids
+/// old (that grid's own waits make L1 forget too, on the SMs that it runs on).
 ///
-/// Not ld.global.cg (__ldcg). ptxas takes that for synchronisation (LDG.STRONG) and may put a YIELD into the loops
-/// around and behind it, the one of the thread that loads the weights among them, whose warp is diverged: on an H200 a
-/// GEMM with stages of 8 KB took a quarter longer, with 16 KB 2 %.
+/// Not ld.global.cg (__ldcg), nor a fence. ptxas takes either for synchronisation (LDG.STRONG) and puts a YIELD into the
+/// loops around and behind it, the one of the thread that loads the weights among them, whose warp is diverged: on
+/// an H200 a GEMM with stages of 8 KB took a quarter longer, with 16 KB 2 %.
 __device__ __forceinline__ uint32_t load_past_l1(uint32_t const* address) {
   uint32_t value;
   asm volatile("ld.global.L1::no_allocate.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");

@@ -63,7 +63,7 @@ struct alignas(16) PackedWork {
 
 /// Where bounds come from.
 enum class Bounds {
-  kGiven,           ///< read past L1, which may hold what they were before
+  kGiven,           ///< by a grid that has ended, perhaps since L1 last forgot (load_past_l1)
   kGivenOrCounted,  ///< given, or rows that the CTA itself has counted: groups follow each other
   kCounted          ///< the same, but rows of each group are numbered from 0
 };
