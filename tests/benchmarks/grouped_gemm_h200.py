@@ -127,17 +127,18 @@ class Bench:
         times = interleave(self.gpu, contenders, rounds)
         columns = float(np.mean([batch.mma_columns for batch in batches]))
         row = as_row(shape, tokens, active, columns, weights.shape[0], times, notes)
-        return {**row, "chosen": {name: self.chosen(shape, tokens, "gather" in name) for name in gates.OURS}}
+        return {**row, "chosen": {name: self.chosen(shape, tokens, name) for name in gates.OURS}}
 
-    def chosen(self, shape: MoeGemm, tokens: int, gather: bool) -> str:
-        """What `select` takes, named as a forced variant is."""
+    def chosen(self, shape: MoeGemm, tokens: int, name: str) -> str:
+        """What `select` takes for a contender, named as a forced variant is."""
         device = self.gpu.device
         problem = Problem(
             *("packed", shape.experts, E4M3, E4M3, "bfloat16", device.arch),
             rows=tokens * shape.top_k,
             n=shape.n,
             k=shape.k,
-            gathers=gather,
+            gathers="gather" in name,
+            early="early" in name,
         )
         first = select(problem, manifest.default().gemms(), device.sm_count)[0]
         return first.variant.key + (":split" if first.least_units else "")
