@@ -49,6 +49,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     SM12X_SYMBOL(__grid_constant__ sm12x_route_params const params) {
   __shared__ SharedMemory shared;
 #if SM12X_PDL
+  // GEMM1 then asks for the ids and loads weights while the grid in front still runs, and waits for this one with all else.
+  if (params.early != 0) {
+    sm12x::arch::launch_dependent_grids();
+  }
   sm12x::arch::wait_on_prerequisite_grids();
   sm12x::arch::launch_dependent_grids();
 #endif

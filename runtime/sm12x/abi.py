@@ -333,7 +333,7 @@ class sm12x_route_params(ctypes.Structure):
         ("route_ctas", ctypes.c_int32),
         ("padded_bytes", ctypes.c_int32),
         ("padding", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("early", ctypes.c_int32),
     ]
 
 

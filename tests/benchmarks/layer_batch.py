@@ -130,10 +130,12 @@ def make_batch(layer: MoeLayer, tokens: int, rng: np.random.Generator) -> LayerB
     )
 
 
-def plans(weights: Weights) -> list[Any]:
-    """A `FusedMoE` for each set of weights."""
+def plans(weights: Weights, *, early_routes: bool = False) -> list[Any]:
+    """A `FusedMoE` for each set of weights. In a batch's graph nothing writes routes or weights: what
+    early_routes promises is so."""
+    scales = {"w1_scale": weights.s1, "w2_scale": weights.s2}
     return [
-        sm12x.FusedMoE(weights.w1[i], weights.w2[i], w1_scale=weights.s1, w2_scale=weights.s2)
+        sm12x.FusedMoE(weights.w1[i], weights.w2[i], **scales, early_routes=early_routes)
         for i in range(weights.sets)
     ]
 

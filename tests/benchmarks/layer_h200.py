@@ -4,7 +4,8 @@
         [--json FILE] [--markdown FILE] [--peer FOLDER] [--seconds S]
 
 Layers of three models at T tokens, per-channel weights, dynamic per-token activations, silu, bfloat16: ours
-through `FusedMoE`, the peer as layer_peer.py has it, in the fastest of its configurations. CUDA graphs of at
+through `FusedMoE`, without and with early_routes ("sm12x early"; in front of a layer is another one, which
+writes no routes), the peer as layer_peer.py has it, in the fastest of its configurations. CUDA graphs of at
 least 16 calls over 4 routings; weights rotate so that three times the L2 is read before a byte comes again;
 all contenders replay in turns in an order drawn anew each round. Medians and interquartile ranges of
 microseconds per layer. The read floors of both GEMMs are measured in the same rounds. --steps times every
@@ -135,7 +136,8 @@ class Bench:
         checked once. Raises ArithmeticError where the chosen ones are wrong; others are only noted."""
         arch = self.gpu.device.arch
         cases: list[tuple[str, Forced | None, Forced | None, bool | None]] = [
-            (layer_gates.OURS, None, None, None)
+            (layer_gates.OURS, None, None, None),
+            (layer_gates.EARLY, None, None, None),
         ]
         routes = batches[0].x.shape[0] * layer.top_k
         if wholes(arch) and routes <= SM12X_LAYER_ROUTES and layer.experts <= SM12X_MOST_COUNTED_EXPERTS:
@@ -152,7 +154,7 @@ class Bench:
                 continue  # the same as chosen
             try:
                 with kernels(up, down, whole) as made:
-                    layers = plans(weights)
+                    layers = plans(weights, early_routes=name == layer_gates.EARLY)
                     size = max(each.workspace_size(batches[0].x.shape[0], layer.top_k) for each in layers)
                     spaces = [torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in batches]
                     calls = our_calls(batches, layers, spaces, stream)
@@ -179,7 +181,7 @@ class Bench:
             keys = step_names(layers[0], batches[0], spaces[0], stream)
             if chosen is None:
                 chosen, launches = made.choices[-1], len(keys)
-            if self.steps and len(keys) > 1:
+            if self.steps and len(keys) > 1 and name != layer_gates.EARLY:
                 found.update(self.alone(name, keys, batches, layers, spaces, down is not None))
         assert chosen is not None
         return found, chosen, launches
@@ -257,7 +259,7 @@ def describe(choice: LayerChoice) -> str:
     return f"{name(choice.up)}, {name(choice.down)}" + (", quantised apart" if choice.quantises_apart else "")
 
 
-SHOWN = (layer_gates.OURS, layer_gates.PEER, "read_floor1", "read_floor2")
+SHOWN = (layer_gates.OURS, layer_gates.EARLY, layer_gates.PEER, "read_floor1", "read_floor2")
 
 
 def print_row(row: dict[str, Any]) -> None:

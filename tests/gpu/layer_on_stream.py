@@ -27,13 +27,14 @@ def up_with(down: Forced) -> Forced:
 class Case:
     """A layer with everything that a call takes, and what it gave when nothing was beside it."""
 
-    def __init__(self, seed: int, **changes: Any) -> None:
+    def __init__(self, seed: int, *, early_routes: bool = False, **changes: Any) -> None:
         known: dict[str, Any] = {
             **{"tokens": 24, "top_k": 3, "experts": 9, "hidden": 144, "intermediate": 176, "routing": "any"},
             **{"bias1": "float32", "bias2": "bfloat16", "seed": seed},
         }
         self.problem: LayerProblem = make_layer(make_spec(**{**known, **changes}))
-        self.layer = sm12x.FusedMoE(self.problem.w1, self.problem.w2, **self.problem.arguments)
+        options = {**self.problem.arguments, "early_routes": early_routes}
+        self.layer = sm12x.FusedMoE(self.problem.w1, self.problem.w2, **options)
         self.workspace = torch.empty(self.problem.workspace_bytes(), dtype=torch.uint8, device=DEVICE)
         self.out = torch.zeros_like(self.problem.x)
 

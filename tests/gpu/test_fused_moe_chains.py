@@ -23,10 +23,17 @@ Link = Callable[[], object]
 class Chain:
     """Layers that each need the one before, with kernels of torch between some of them. Two outputs take
     turns, so that a layer also writes what the layer before the last one's reader may still be reading; all
-    share a workspace."""
+    share a workspace. What is in front of a layer writes its x, never its routes."""
 
-    def __init__(self, seed: int, up: Forced | None, down: Forced | None) -> None:
-        sizes = {"hidden": 144, "intermediate": 96, "tokens": 20, "routing": "any", "bias2": "float32"}
+    def __init__(self, seed: int, up: Forced | None, down: Forced | None, early: bool) -> None:
+        sizes: dict[str, Any] = {
+            "hidden": 144,
+            "intermediate": 96,
+            "tokens": 20,
+            "routing": "any",
+            "bias2": "float32",
+        }
+        sizes["early_routes"] = early
         self.cases = [
             Case(seed + i, static2=("float" if i == 2 and down is None else None), **sizes) for i in range(3)
         ]
@@ -76,13 +83,14 @@ class Chain:
         return [each.clone() for each in (self.seen, *self.outs, self.held)]
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
 @pytest.mark.parametrize("each", [None, *DOWNS], ids=lambda each: each.argument if each else "selected")
-def test_chains_of_layers_and_torch_kernels(each: Forced | None, seed: int) -> None:
+def test_chains_of_layers_and_torch_kernels(each: Forced | None, early: bool, seed: int) -> None:
     """Eager without a pause and replayed graphs give what the same links give with the device idle between
     any two: a kernel that reads, or writes, before what is ahead of it has ended would not."""
     up = None if each is None else up_with(each)
     with kernels(up, each):
-        chain = Chain(seed, up, each)
+        chain = Chain(seed, up, each, early)
         links = chain.links()
         chain.reset()
         for link in links:

@@ -98,6 +98,7 @@ def expected_route(given, call, parts, **more):
         "route_ctas": -(-routes // 8192),
         "padded_bytes": given["w2"].extents[2],
         "padding": more.pop("padding"),
+        "early": int(given.get("early_routes", False) and routes <= 512),
         **more,
     }
 

@@ -162,6 +162,11 @@ BAD = [
     (given(activation="gelu", limit=7.0), ValueError, "limit: expected None with activation 'gelu'"),
     (given(limit=-7.0), ValueError, "limit: expected a positive number, got -7.0"),
     (
+        given(early_routes=1),
+        TypeError,
+        "early_routes: expected a bool, got int",
+    ),
+    (
         given(apply_router_weight_on_input=1),
         TypeError,
         "apply_router_weight_on_input: expected a bool, got int",

@@ -28,7 +28,7 @@ def make_row(draw: random.Random, model: str = "gemma-4-26B-A4B", tokens: int = 
     row."""
     floors = draw.uniform(5.0, 100.0), draw.uniform(5.0, 100.0)
     ours = sum(floors) * draw.uniform(1.0, 1.07) + 3.9
-    median = {"sm12x": ours, "triton": ours * draw.uniform(1.42, 1.6)}
+    median = {"sm12x": ours, "sm12x early": ours, "triton": ours * draw.uniform(1.42, 1.6)}
     median |= {"read_floor1": floors[0], "read_floor2": floors[1]}
     times = {
         name: {"median_us": us * changes.pop(name, 1.0), "iqr_us": us * 0.01} for name, us in median.items()
@@ -52,13 +52,25 @@ def test_rows_within_every_gate_hold(draw: random.Random) -> None:
     rows = [make_row(draw, model, t) for model in layer_gates.FINE_GRAINED for t in (1, 8, 16, 128)]
     report = judged(*rows)
     assert report.held, layer_gates.describe(report)
-    assert [mean.rows for mean in report.means] == [4, 4]
+    assert [mean.rows for mean in report.means] == [4, 4, 4, 4]
     assert "the gates hold" in layer_gates.describe(report)[-1]
     assert len(layer_gates.markdown({**DEVICE, "rows": rows}, report).splitlines()) > len(rows)
 
 
+@pytest.mark.parametrize("name", ["sm12x", "sm12x early"])
+def test_each_of_ours_is_judged_by_itself(name: str, draw: random.Random) -> None:
+    row = make_row(draw, **{name: 2.0})
+    report = judged(row)
+    assert {v.name for v in report.verdicts if v.faults} == {name}
+    assert [mean.name.split(",")[0] for mean in report.means if not mean.held] == [name]
+    del row["times"]["sm12x early"]
+    alone = judged(row)
+    assert {v.name for v in alone.verdicts} == {"sm12x"}, "a run without the promise"
+    assert "did not run" in faults(judged(row, make_row(draw)))
+
+
 def test_slower_than_the_peer_beyond_the_spread_fails(draw: random.Random) -> None:
-    row = make_row(draw)
+    row = make_row(draw, **{"sm12x early": 0.5})
     mine, theirs = row["times"]["sm12x"], row["times"]["triton"]
     spread = (mine["iqr_us"] + theirs["iqr_us"]) / 2
     theirs["median_us"] = mine["median_us"] - spread * 0.99
@@ -68,7 +80,7 @@ def test_slower_than_the_peer_beyond_the_spread_fails(draw: random.Random) -> No
 
 
 def test_four_microseconds_and_eight_percent_over_the_floors_are_allowed(draw: random.Random) -> None:
-    row = make_row(draw)
+    row = make_row(draw, **{"sm12x early": 0.5})
     limit = 1.08 * (row["floor1_us"] + row["floor2_us"]) + 4.0
     row["times"]["sm12x"]["median_us"] = limit - 0.01
     assert "floors allow" not in faults(judged(row))
@@ -111,8 +123,10 @@ def test_means_are_over_few_and_many_tokens_of_fine_grained_models(
     for factor, held in ((0.999, False), (1.001, True)):
         rows = [make_row(draw, model, tokens) for model in layer_gates.FINE_GRAINED]
         rows.append(make_row(draw, "mixtral-8x7B", tokens))
+        del rows[2]["times"]["sm12x early"]
         for row in rows[:2]:
             row["times"]["triton"]["median_us"] = limit * factor * row["times"]["sm12x"]["median_us"]
+            del row["times"]["sm12x early"]
         report = judged(*rows)
         assert report.held == held, layer_gates.describe(report)
         (mean,) = [mean for mean in report.means if mean.rows]

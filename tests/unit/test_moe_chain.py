@@ -139,6 +139,23 @@ def test_results_leave_l2_last_where_they_are_few(fake, monkeypatch, more):
     assert (found["up"].params.gemm.flags, found["down"].params.gemm.flags) == (kept, kept)
 
 
+@pytest.mark.parametrize("count", [T, 512 // TOP, 512 // TOP + 1])
+def test_early_routes_where_the_first_gemm_counts_them(fake, count):
+    given, call = weights(fake, early_routes=True), tokens(fake, count)
+    found = launched(fake, make(given), call)
+    counted = count * TOP <= 512
+    assert (found["route"].params.early, found["up"].params.topk_ids != 0) == (int(counted), counted)
+    if count == T:
+        check_call(fake, given, call)
+
+
+def test_early_routes_of_two_layers_alike_are_told_apart(fake):
+    given, call = weights(fake), tokens(fake)
+    for early in (True, False, True):
+        found = launched(fake, make({**given, "early_routes": early}), call)
+        assert found["route"].params.early == int(early)
+
+
 def test_the_attribute_of_programmatic_launch_is_the_manifests(fake, monkeypatch):
     force(monkeypatch, down="fp8_packed_128x32x128_swap")  # made without
     found = launched(fake, make(weights(fake)), tokens(fake))

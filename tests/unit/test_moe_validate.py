@@ -112,9 +112,11 @@ def test_static_scales_each_by_itself(scale, mode):
 def test_not_gated_and_mapped():
     got = take_layer(
         layer(w1=array((E, INNER, H), E4M3), expert_map=array((99,), "int32")),
-        LayerOptions(activation="relu2", gated=False, apply_router_weight_on_input=True),
+        LayerOptions(activation="relu2", gated=False, apply_router_weight_on_input=True, early_routes=True),
     )
     assert (got.intermediate, got.global_experts, got.weight_on_input) == (INNER, 99, True)
+    assert got.early_routes
+    assert not take_layer(layer(), LayerOptions()).early_routes
 
 
 def test_what_a_call_brings():

@@ -51,6 +51,7 @@ def expected(ids, made, **more):
         "route_ctas": 1,
         "padded_bytes": 0,
         "padding": 0,
+        "early": 0,
         **more,
     }
 

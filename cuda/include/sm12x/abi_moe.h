@@ -29,7 +29,8 @@ enum sm12x_activation {
  *
  * With topk_ids the weights are loaded before the grid in front has ended: the offsets, which that one may
  * still be writing, are counted from the routes themselves, of SM12X_MOST_COUNTED_EXPERTS experts and 65,535
- * routes at most. The ids and the map must be there before the grid in front lets dependents begin. */
+ * routes at most. The ids and the map must be there before the grid in front lets dependents begin: where that is
+ * moe_route with `early`, before it itself begins. */
 #define SM12X_MOST_COUNTED_EXPERTS 256
 
 typedef struct sm12x_up_params {
@@ -161,7 +162,7 @@ typedef struct sm12x_route_params {
   int32_t route_ctas;
   int32_t padded_bytes; /* a multiple of 16 */
   int32_t padding;
-  int32_t reserved;
+  int32_t early; /* not 0: dependents begin before the grid in front has ended */
 } sm12x_route_params;
 
 /* out[t] = sum over j in order of rows[route_row[t, j]], those that there are, in FP32, rounded once. route_row must

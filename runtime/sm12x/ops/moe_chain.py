@@ -143,6 +143,7 @@ class _Maker:
             route_ctas=ctas,
             padded_bytes=layer.intermediate,
             padding=self.choice.down.variant.token_tile,
+            early=int(layer.early_routes and self._counts_routes()),
         )
         tokens = route.tokens.offset
         scratch = {

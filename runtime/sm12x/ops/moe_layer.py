@@ -47,6 +47,7 @@ class FusedMoE:
         beta: float | None = None,
         limit: float | None = None,
         dtype: Any = None,
+        early_routes: bool = False,
         backend: str | None = None,
     ) -> None:
         """Raises ValueError and TypeError naming the argument; DriverError, UnsupportedDeviceError and
@@ -67,6 +68,7 @@ class FusedMoE:
             "beta": beta,
             "limit": limit,
             "dtype": dtype,
+            "early_routes": early_routes,
         }
         self._backend = "emulator" if emulated.wanted(backend) else "auto"
         self._plan: LayerPlan | None = None

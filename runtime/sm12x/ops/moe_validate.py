@@ -173,6 +173,7 @@ class LayerOptions(NamedTuple):
     beta: Any = None
     limit: Any = None
     dtype: Any = None
+    early_routes: Any = False
 
 
 class LayerArrays(NamedTuple):
@@ -224,6 +225,7 @@ class Layer:
     w2: Weights
     a1_scale_mode: int | None
     a2_scale_mode: int | None
+    early_routes: bool
 
 
 def take_layer(given: LayerArrays, options: LayerOptions) -> Layer:
@@ -265,6 +267,7 @@ def take_layer(given: LayerArrays, options: LayerOptions) -> Layer:
         w2=_weights(w2, given.w2_scale, given.bias2, "2"),
         a1_scale_mode=None if given.a1_scale is None else static_scale(given.a1_scale, "a1_scale"),
         a2_scale_mode=None if given.a2_scale is None else static_scale(given.a2_scale, "a2_scale"),
+        early_routes=flag(options.early_routes, "early_routes"),
     )
 
 

@@ -167,6 +167,7 @@ def take_problem(
     limit: Any = None,
     out: Any = None,
     dtype: Any = None,
+    early_routes: Any = False,
 ) -> Problem:
     """The arguments of ``sm12x.fused_moe`` on NumPy arrays, checked, and routed. Raises as it says."""
     static = [
@@ -188,7 +189,9 @@ def take_problem(
         bias1=take(bias1, "bias1"),
         bias2=take(bias2, "bias2"),
     )
-    options = LayerOptions(activation, gated, apply_router_weight_on_input, alpha, beta, limit, dtype)
+    options = LayerOptions(
+        activation, gated, apply_router_weight_on_input, alpha, beta, limit, dtype, early_routes
+    )
     layer = moe_validate.take_layer(arrays, options)
     brought = CallArrays(
         x=describe(x, "x"),
